@@ -1,0 +1,57 @@
+# Two commands do everything on a fresh machine with Python >= 3.10: `make run` and `make test`.
+PYTHON ?= python3
+NPROC ?= 2
+WORLDS ?= 1 2 3 4 5
+VENV := .venv
+BIN := $(VENV)/bin
+ORGANISMS := runs/organisms
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: run run-full test test-slow lint types bench clean
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "grasp_dist needs Python >= 3.10; run: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+run: $(VENV)/.installed  ## the main job on the embedded organism, with 2 processes and FSDP2
+	$(BIN)/grasp-dist organism persona --seed 1 --out $(ORGANISMS)/persona-1
+	$(BIN)/grasp-dist run recipes/organism.yaml --nproc $(NPROC)
+
+run-full: $(VENV)/.installed  ## every development world, write modules and all linear modules, 2 seeds each
+	for w in $(WORLDS); do \
+	  $(BIN)/grasp-dist organism persona --seed $$w --out $(ORGANISMS)/persona-$$w || exit $$?; \
+	  for recipe in organism organism-all; do \
+	    $(BIN)/grasp-dist run recipes/$$recipe.yaml --nproc $(NPROC) --variables.organism $(ORGANISMS)/persona-$$w \
+	      --run_dir runs/full/$$recipe-$$w || exit $$?; \
+	  done; \
+	done
+	for recipe in organism organism-all; do \
+	  $(BIN)/grasp-dist report --out runs/full/report-$$recipe $(foreach w,$(WORLDS),runs/full/$$recipe-$(w)) || exit $$?; \
+	done
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/projector.py
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/detection.py
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,233 @@
+"""Deflation: find the routes that a fine-tune takes, by probing again with what was found so far blocked. Ours.
+
+A LoRA fine-tune of the base model is run; the leading singular vectors of each weight's update `s B A` join that
+weight's basis and are blocked by the projector, and the search goes on:
+
+- *warm* (the default): one run of the naive length. Every `steps_per_round` steps the current update's leading
+  directions join, A and B are projected off them, and the run continues with the same optimizer state.
+- *restarted*: every round starts from the base model with a fresh seed. `rounds * steps_per_round` steps in all.
+
+After each round what was found is written to `rounds/round-NNN/` (the warm run's training state with it), so that an
+interrupted detection continues behind its last finished round. LoRA factors are gathered one weight at a time,
+(out + in) * r numbers; no (out, in) matrix is formed on any rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from grasp_dist.architecture import canonical_name
+from grasp_dist.basis import SpuriousBasis
+from grasp_dist.config import DetectConfig, TrainingConfig
+from grasp_dist.detection.svd import low_rank_svd
+from grasp_dist.errors import InputError
+from grasp_dist.manifest import write_json
+from grasp_dist.projection import GraspProjector
+from grasp_dist.training.checkpoints import load_checkpoint, save_checkpoint
+from grasp_dist.training.data import Example
+from grasp_dist.training.loop import LoopState, num_steps, train
+from grasp_dist.training.model import reset_adapter
+from grasp_dist.training.parallel import Parallel
+from grasp_dist.training.recorder import Recorder
+
+__all__ = ["deflate", "leading_directions"]
+
+_ADAPTER = "default"
+_COMMITTED = "committed.json"
+# An update whose largest singular value is below this share of the largest of all weights points nowhere.
+_NOTHING_LEARNT = 1e-6
+
+
+def deflate(
+    model: nn.Module,
+    examples: list[Example],
+    *,
+    training: TrainingConfig,
+    detect: DetectConfig,
+    parallel: Parallel,
+    folder: Path,
+    recorder: Recorder,
+    provenance: dict[str, Any],
+) -> SpuriousBasis:
+    """The basis that `detect.rounds` rounds of deflation find; collective.
+
+    `model` is a PEFT LoRA model as `load_model` makes it; its adapter is trained and must be reset before other use.
+    `folder` keeps the rounds. Raises `InputError` when a round's update is zero everywhere.
+    """
+    search = _Search(model, detect, parallel, folder / "rounds")
+    if detect.method == "warm":
+        _warm(search, examples, training, recorder)
+    else:
+        _restarted(search, examples, training, recorder)
+    return search.combined(provenance)
+
+
+def _warm(search: _Search, examples: list[Example], training: TrainingConfig, recorder: Recorder) -> None:
+    detect = search.detect
+    per_round = detect.steps_per_round or max(1, num_steps(training, len(examples)) // detect.rounds)
+    reset_adapter(search.model, detect.seed, search.parallel)
+    done = search.resume()
+
+    def on_start(state: LoopState) -> None:
+        if done:
+            search.block(state)
+            extra = load_checkpoint(
+                search.round_folder(done) / "state", search.model, state.optimizer, state.projector, search.parallel
+            )
+            state.restore(extra)
+
+    def on_step(step: int, state: LoopState) -> None:
+        if step % per_round:
+            return
+        number = step // per_round
+        search.add_round(number)
+        search.block(state)
+        if number < detect.rounds:
+            save_checkpoint(
+                search.round_folder(number) / "state",
+                search.model,
+                state.optimizer,
+                state.projector,
+                state.extra(),
+                search.parallel,
+            )
+        search.commit(number)
+        recorder.event(f"round {number} of {detect.rounds}: {search.summary()}")
+
+    if done < detect.rounds:
+        train(
+            search.model,
+            examples,
+            training,
+            search.parallel,
+            seed=detect.seed,
+            steps=per_round * detect.rounds,
+            recorder=recorder,
+            on_start=on_start,
+            on_step=on_step,
+        )
+
+
+def _restarted(search: _Search, examples: list[Example], training: TrainingConfig, recorder: Recorder) -> None:
+    detect = search.detect
+    for number in range(search.resume() + 1, detect.rounds + 1):
+        seed = detect.seed + number - 1
+        reset_adapter(search.model, seed, search.parallel)
+        projector = GraspProjector(search.model, search.combined()) if search.rounds else None
+        train(
+            search.model,
+            examples,
+            training,
+            search.parallel,
+            seed=seed,
+            steps=detect.steps_per_round or 60,
+            recorder=recorder,
+            projector=projector,
+        )
+        search.add_round(number)
+        search.commit(number)
+        recorder.event(f"round {number} of {detect.rounds}: {search.summary()}")
+
+
+class _Search:
+    """What was found so far: one small basis per round, in the rounds' folders and open for reading."""
+
+    def __init__(self, model: nn.Module, detect: DetectConfig, parallel: Parallel, folder: Path) -> None:
+        self.model, self.detect, self.parallel, self.folder = model, detect, parallel, folder
+        self.rounds: list[SpuriousBasis] = []
+
+    def round_folder(self, number: int) -> Path:
+        return self.folder / f"round-{number:03d}"
+
+    def resume(self) -> int:
+        """Open the rounds that were committed before an interruption; returns how many."""
+        while len(self.rounds) < self.detect.rounds:
+            folder = self.round_folder(len(self.rounds) + 1)
+            if not (folder / _COMMITTED).exists():
+                break
+            self.rounds.append(SpuriousBasis.load(folder / "new.safetensors"))
+        return len(self.rounds)
+
+    def add_round(self, number: int) -> None:
+        """Write the leading directions of the adapter's present update, and open them on every rank."""
+        path = self.round_folder(number) / "new.safetensors"
+        found = leading_directions(
+            self.model, side=self.detect.side, count=self.detect.directions_per_round, keep=self.parallel.is_main
+        )
+        if self.parallel.is_main:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            found.save(path)
+        self.parallel.barrier()
+        self.rounds.append(SpuriousBasis.load(path))
+
+    def block(self, state: LoopState) -> None:
+        """Let the run's projector block everything found so far."""
+        if state.projector is None:
+            state.projector = GraspProjector(self.model, self.combined())
+            state.projector.attach(state.optimizer)
+        else:
+            state.projector.extend(self.rounds[-1])
+
+    def commit(self, number: int) -> None:
+        if self.parallel.is_main:
+            write_json(self.round_folder(number) / _COMMITTED, {"round": number})
+        self.parallel.barrier()
+
+    def combined(self, provenance: dict[str, Any] | None = None) -> SpuriousBasis:
+        """All rounds as one basis, columns in order of discovery. A round's directions are orthogonal to the earlier
+        ones because those were blocked; the rounding left in that is taken out here."""
+        basis = self.rounds[0]
+        for more in self.rounds[1:]:
+            basis = basis.union(more)
+        return basis.with_provenance(**(provenance or {}))
+
+
+def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = True) -> SpuriousBasis:
+    """The `count` leading singular vectors of every adapted weight's present update `s B A`; collective.
+
+    side: "write" (left vectors, (out, count)), "read" (right, (in, count)) or "both". Ranks with `keep=False` take part
+    in gathering the factors and return an empty basis. A weight whose update is negligible beside the largest is left
+    out; raises `InputError` when none moved at all.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for weight, factor_a, factor_b, scale in _factors(model):
+        a, b = _whole(factor_a), _whole(factor_b)
+        if not keep:
+            continue
+        left, sigma, right = low_rank_svd(a, b, scale)
+        take = min(count, sigma.numel())
+        values[weight] = sigma[:take]
+        shapes[weight] = (b.shape[0], a.shape[1])
+        if side in ("write", "both"):
+            tensors[f"{weight}.write"] = left[:, :take]
+        if side in ("read", "both"):
+            tensors[f"{weight}.read"] = right[:, :take]
+    largest = max((float(sigma[0]) for sigma in values.values()), default=0.0)
+    if keep and not largest > 0:
+        raise InputError("detection found no direction: the probe fine-tune changed no weight; raise training.learning_rate")
+    moved = {weight for weight, sigma in values.items() if float(sigma[-1]) > _NOTHING_LEARNT * largest}
+    return SpuriousBasis.from_tensors(
+        {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in moved},
+        singular_values={weight: values[weight] for weight in moved},
+        shapes={weight: shapes[weight] for weight in moved},
+    )
+
+
+def _factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, float]]:
+    for name, module in model.named_modules():
+        factors = getattr(module, "lora_A", None)
+        if isinstance(factors, nn.ModuleDict) and _ADAPTER in factors:
+            weight = f"{canonical_name(name)}.weight"
+            yield weight, factors[_ADAPTER].weight, module.lora_B[_ADAPTER].weight, float(module.scaling[_ADAPTER])
+
+
+def _whole(factor: nn.Parameter) -> Tensor:
+    tensor = factor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -1,0 +1,115 @@
+"""Everything that can be found wrong before any training: paths, data, modules, probes, bases, ranks, disk. Ours."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from grasp_dist.basis import SpuriousBasis
+from grasp_dist.config import RunConfig, TrainingConfig
+from grasp_dist.errors import InputError
+
+__all__ = ["check_basis", "preflight"]
+
+# Rows that are tokenised to see that the data is usable; the whole set is read when training starts.
+_SAMPLE_ROWS = 256
+
+
+def preflight(config: RunConfig, stages: tuple[str, ...]) -> None:
+    """Raise `InputError` for the first thing that would stop the stages; loads no weights and trains nothing."""
+    from grasp_dist.architecture import linear_modules, logical_shape, resolve_modules
+    from grasp_dist.training.data import load_examples
+    from grasp_dist.training.model import load_tokenizer, meta_model
+
+    tokenizer = load_tokenizer(config.model)
+    model = meta_model(config.model)
+    shapes = {f"{name}.weight": logical_shape(module) for name, module in linear_modules(model).items()}
+    limit = min(config.data.limit or _SAMPLE_ROWS, _SAMPLE_ROWS)
+    load_examples(config.data.model_copy(update={"limit": limit}), tokenizer)
+
+    trainings = {"training": config.training}
+    trainings |= {f"project.arms.{arm}.training": config.arm_training(arm) for arm in config.project.arms}
+    for where, training in trainings.items():
+        try:
+            chosen = resolve_modules(model, training.modules)
+        except InputError as error:
+            raise InputError(f"{where}.modules: {error}") from None
+        if training.method == "lora":
+            _check_lora_rank(where, training, {name: shapes[f"{name}.weight"] for name in chosen})
+
+    detect = config.detect
+    if detect.method == "file":
+        check_basis(SpuriousBasis.load(str(detect.basis)), shapes, rank=config.project.rank, where=f"detect.basis {detect.basis}")
+    elif detect.method == "one_shot":
+        _check_found(config, min(detect.rank, config.training.lora.rank) if not detect.adapter else detect.rank)
+    else:
+        _check_found(config, detect.rounds * detect.directions_per_round)
+    if detect.adapter:
+        from grasp_dist.detection import detect_basis
+
+        check_basis(detect_basis(detect.adapter, rank=detect.rank, side=detect.side), shapes, where=f"detect.adapter {detect.adapter}")
+    for arm, settings in config.project.arms.items():
+        if settings.basis not in ("detected", "random", "one_shot", "none"):
+            rank = settings.rank or config.project.rank
+            check_basis(SpuriousBasis.load(settings.basis), shapes, rank=rank, where=f"project.arms.{arm}.basis {settings.basis}")
+    if "evaluate" in stages:
+        from grasp_dist.evaluation.probes import prepare
+
+        prepare(config.evaluate.probes, tokenizer)
+    if {"naive", "project"} & set(stages):
+        _check_disk(config, sum(parameter.numel() for parameter in model.parameters()))
+
+
+def check_basis(basis: SpuriousBasis, shapes: dict[str, tuple[int, int]], *, rank: int | None = None, where: str) -> None:
+    """Raise `InputError` unless every weight of the basis is one of the model's, with the right size, and has the rank.
+
+    shapes: logical (out, in) of the model's linear weights by name.
+    """
+    import difflib
+
+    for weight in basis.weights:
+        if weight not in shapes:
+            near = difflib.get_close_matches(weight, list(shapes), n=1)
+            hint = f"; the nearest is {near[0]}" if near else ""
+            raise InputError(f"{where} names {weight}, which is no linear weight of this model{hint}; detect a basis for this model")
+        for side, dim in zip(("write", "read"), shapes[weight], strict=True):
+            if side in basis.sides(weight) and basis.tensor_shape(weight, side)[-2] != dim:
+                raise InputError(
+                    f"{where} has directions of {basis.tensor_shape(weight, side)[-2]} numbers for the {side} side of {weight}, "
+                    f"whose shape is {shapes[weight]} (out, in); it belongs to another model"
+                )
+    if rank is not None:
+        basis.truncate(rank)
+
+
+def _check_lora_rank(where: str, training: TrainingConfig, shapes: dict[str, tuple[int, int]]) -> None:
+    for name, shape in shapes.items():
+        if training.lora.rank > min(shape):
+            raise InputError(
+                f"{where}.lora.rank is {training.lora.rank}, but {name} is {shape[0]} x {shape[1]}; use at most {min(shape)}"
+            )
+
+
+def _check_found(config: RunConfig, found: int) -> None:
+    ranks = {"project.rank": config.project.rank}
+    ranks |= {f"project.arms.{arm}.rank": settings.rank for arm, settings in config.project.arms.items()}
+    for where, rank in ranks.items():
+        if rank is not None and rank > found:
+            raise InputError(
+                f"{where} is {rank}, but detection will find {found} directions per weight and side; "
+                "lower it, or raise detect.rounds, detect.directions_per_round or detect.rank"
+            )
+
+
+def _check_disk(config: RunConfig, num_parameters: int) -> None:
+    full = sum(config.arm_training(arm).method == "full" for arm in config.project.arms)
+    need = 4 * num_parameters * full * len(config.training.seeds) + (64 << 20)
+    folder = Path(config.run_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise InputError(
+            f"{folder} has {free / 2**30:.1f} GiB free, and this run will write up to {need / 2**30:.1f} GiB "
+            f"({full} full fine-tunes per seed); free some space, choose another run_dir, or drop the full arms"
+        )

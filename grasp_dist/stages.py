@@ -1,0 +1,264 @@
+"""Run the stages: naive -> detect -> project -> evaluate under one process group, then the report. Resumable.
+
+`run_stages` decides on this process what has to run, checks the input, and starts the work here or in N processes;
+`work` is what every process of a group does. What a task is made from is said in `grasp_dist.graph`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from grasp_dist.config import RunConfig, TrainingConfig
+from grasp_dist.errors import InputError
+from grasp_dist.graph import STAGES, RunGraph, Task
+from grasp_dist.manifest import write_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from grasp_dist.basis import SpuriousBasis
+    from grasp_dist.training.parallel import Parallel
+
+__all__ = ["run_stages", "work"]
+
+
+def run_stages(config: RunConfig, stages: tuple[str, ...] = STAGES, *, nproc: int = 1, dry_run: bool = False) -> None:
+    """Bring the stages up to date: finished tasks whose inputs have not changed are kept, the others run.
+
+    nproc: processes on this machine; under torchrun or srun (WORLD_SIZE set) this process is one of theirs instead.
+    dry_run: check everything that can be checked without training, print what would run, and stop.
+    """
+    if "WORLD_SIZE" in os.environ:
+        work(config, stages)
+        return
+    graph = RunGraph(config)
+    plan = graph.plan(stages)
+    stale = [task for task, reason in plan if reason]
+    for task, reason in plan:
+        print(f"{task.name}: {'will run: ' + reason if reason else 'finished, kept'}")
+    if not set(stages) >= {task.stage for task in _missing_upstream(plan)}:
+        for task in stale:
+            graph.require(task)
+    if stale or dry_run:
+        from grasp_dist.preflight import preflight
+
+        preflight(config, stages)
+    if dry_run:
+        print("dry run: the configuration, model, data, probes and bases were checked; nothing was trained")
+        return
+    graph.claim()
+    trains = tuple(stage for stage in stages if stage != "report")
+    if any(task.stage != "report" for task in stale):
+        _start(config, trains, nproc)
+    if "report" in stages:
+        _report(graph)
+
+
+def _missing_upstream(plan: list[tuple[Task, str | None]]) -> list[Task]:
+    planned = {task.name for task, _ in plan}
+    return [up for task, reason in plan if reason for up in task.upstream if up.name not in planned and up.unit.stale_because()]
+
+
+def _start(config: RunConfig, stages: tuple[str, ...], nproc: int) -> None:
+    if nproc == 1:
+        work(config, stages)
+        return
+    from grasp_dist.launch.local import run_local
+
+    saved = str(Path(config.run_dir) / "config.yaml")
+    code = run_local(["-m", "grasp_dist.worker", saved, *stages], nproc=nproc)
+    if code:
+        print(f"stopped with exit code {code}; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        raise SystemExit(code)
+
+
+def work(config: RunConfig, stages: tuple[str, ...]) -> None:
+    """What each process does: every stale task of the stages, in order; collective."""
+    from grasp_dist.training.parallel import init_parallel
+
+    with init_parallel(config.parallel) as parallel:
+        worker = _Worker(config, parallel)
+        for task in worker.stale_tasks(tuple(stage for stage in stages if stage != "report")):
+            getattr(worker, task.stage)(task)
+        if "report" in stages and parallel.is_main:
+            _report(RunGraph(config))
+        parallel.barrier()
+
+
+def _report(graph: RunGraph) -> None:
+    from grasp_dist.evaluation.report import build_report
+
+    (task,) = graph.tasks(("report",))
+    reason = task.unit.stale_because()
+    if reason:
+        graph.require(task)
+        task.unit.start()
+        report = graph.config.report
+        build_report([graph.root], task.unit.folder, title=report.title, task=report.task, drift=report.drift)
+        task.unit.finish(outputs=["report.html", "report.json"], metrics={}, world_size=1)
+    print(f"report: {task.path.resolve()}")
+
+
+class _Worker:
+    """The tasks' work on one process of the group, with the loaded model kept from task to task where it fits."""
+
+    def __init__(self, config: RunConfig, parallel: Parallel) -> None:
+        from grasp_dist.training.data import load_examples
+        from grasp_dist.training.model import load_tokenizer
+
+        self.config, self.parallel = config, parallel
+        self.root = Path(config.run_dir)
+        self.tokenizer = load_tokenizer(config.model)
+        self._load_examples = load_examples
+        self._examples: list[Any] | None = None
+        self._loaded: tuple[str, nn.Module] | None = None
+        self._evaluator: Any = None
+
+    def stale_tasks(self, stages: tuple[str, ...]) -> Any:
+        """Each task that has to run, when its turn comes. Rank 0 looks at the files and decides for all."""
+        graph = RunGraph(self.config)
+        tasks = graph.tasks(stages)
+        while True:
+            self.parallel.barrier()
+            task = next(tasks, None)
+            if task is None:
+                return
+            reason = self.parallel.broadcast_object(task.unit.stale_because() if self.parallel.is_main else None)
+            if reason is None:
+                continue
+            graph.require(task)
+            self.say(f"{task.name}: {reason}")
+            self.parallel.barrier()
+            if self.parallel.is_main:
+                task.unit.start()
+            self.parallel.barrier()
+            yield task
+
+    def say(self, line: str) -> None:
+        if self.parallel.is_main:
+            print(line, flush=True)
+
+    # Stages
+
+    def naive(self, task: Task) -> None:
+        self._fine_tune(task, self.config.training, basis=None)
+
+    def detect(self, task: Task) -> None:
+        from grasp_dist.basis import SpuriousBasis
+
+        started = time.monotonic()
+        detect = self.config.detect
+        method = task.unit.inputs.get("method", detect.method)
+        provenance = {"base_model": self._base_reference(), "settings": detect.model_dump(), "seeds": [detect.seed]}
+        if method == "file":
+            basis = SpuriousBasis.load(str(detect.basis))
+        elif method == "one_shot":
+            from grasp_dist.detection import detect_basis
+
+            adapter = Path(detect.adapter) if detect.adapter else task.upstream[0].path
+            basis = detect_basis(adapter, rank=detect.rank, side=detect.side, base_model=self.config.model.path)
+        else:
+            from grasp_dist.detection.deflation import deflate
+            from grasp_dist.training.recorder import Recorder
+
+            with Recorder(task.unit.folder, self.parallel, task.name) as recorder:
+                basis = deflate(
+                    self._model(self.config.training, seed=detect.seed),
+                    self._training_examples(),
+                    training=self.config.training,
+                    detect=detect,
+                    parallel=self.parallel,
+                    folder=task.unit.folder,
+                    recorder=recorder,
+                    provenance={"method": f"{method} deflation", **provenance},
+                )
+        self._finish(task, lambda: basis.save(task.path), {"seconds": time.monotonic() - started})
+
+    def project(self, task: Task) -> None:
+        assert task.arm is not None
+        self._fine_tune(task, self.config.arm_training(task.arm), basis=self._arm_basis(task))
+
+    def evaluate(self, task: Task) -> None:
+        from grasp_dist.evaluation.evaluator import Evaluator
+
+        if self._evaluator is None:
+            self._evaluator = Evaluator(self)
+        scores = self._evaluator.scores(task)
+        self._finish(task, lambda: write_json(task.path, scores), {})
+
+    # Their parts
+
+    def _fine_tune(self, task: Task, training: TrainingConfig, basis: SpuriousBasis | None) -> None:
+        from grasp_dist.projection import GraspProjector
+        from grasp_dist.training.loop import train
+        from grasp_dist.training.model import save_adapter, save_model
+        from grasp_dist.training.recorder import Recorder
+
+        assert task.seed is not None
+        examples = self._training_examples()
+        model = self._model(training, seed=task.seed)
+        projector = None
+        if basis is not None:
+            assert task.arm is not None
+            settings = RunGraph(self.config).arm_settings(task.arm)
+            settings.pop("basis")
+            projector = GraspProjector(model, basis, **settings)
+        with Recorder(task.unit.folder, self.parallel, task.name) as recorder:
+            result = train(
+                model, examples, training, self.parallel, seed=task.seed, recorder=recorder, projector=projector
+            )
+        residual = max(projector.residual().values()) if projector and projector_pins(projector) else None
+        metrics = {"final_loss": result.losses[-1], "steps": len(result.losses), "seconds": result.seconds, "residual": residual}
+        if training.method == "lora":
+            save_adapter(model, task.path, self.parallel)
+        else:
+            save_model(model, self.tokenizer, task.path, self.parallel)
+            self._loaded = None
+        self._finish(task, lambda: None, metrics)
+
+    def _finish(self, task: Task, write: Any, metrics: dict[str, Any]) -> None:
+        """Rank 0 writes, then the manifest; the others wait."""
+        self.parallel.barrier()
+        if self.parallel.is_main:
+            write()
+            task.unit.finish(outputs=[task.output], metrics=metrics, world_size=self.parallel.world_size)
+        self.parallel.barrier()
+
+    def _arm_basis(self, task: Task) -> SpuriousBasis | None:
+        from grasp_dist.basis import SpuriousBasis
+
+        assert task.arm is not None
+        source = RunGraph(self.config).arm_basis(task.arm)
+        if source is None:
+            return None
+        basis = SpuriousBasis.load(source.path if isinstance(source, Task) else source)
+        if self.config.project.arms[task.arm].basis == "random":
+            return basis.random_like(seed=int(task.seed or 0))
+        return basis
+
+    def _training_examples(self) -> list[Any]:
+        if self._examples is None:
+            self._examples = self._load_examples(self.config.data, self.tokenizer)
+        return self._examples
+
+    def _model(self, training: TrainingConfig, *, seed: int) -> nn.Module:
+        """A model ready to be trained with this seed; the one in memory if only its adapter has to be made new."""
+        from grasp_dist.training.model import load_model, reset_adapter
+
+        key = training.model_dump_json(include={"method", "modules", "lora", "precision", "activation_checkpointing"})
+        if self._loaded is not None and self._loaded[0] == key and training.method == "lora":
+            reset_adapter(self._loaded[1], seed, self.parallel)
+            return self._loaded[1]
+        self._loaded = None
+        model = load_model(self.config.model, self.parallel, precision=training.precision, training=training, seed=seed)
+        self._loaded = (key, model)
+        return model
+
+    def _base_reference(self) -> dict[str, Any]:
+        from grasp_dist.basis import model_reference
+
+        return model_reference(self.config.model.path, self.config.model.revision)

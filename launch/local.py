@@ -1,0 +1,39 @@
+"""Run a command as N processes of one torchrun group on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+
+__all__ = ["run_local"]
+
+
+def run_local(arguments: list[str], *, nproc: int) -> int:
+    """Run `python ARGUMENTS` in `nproc` processes with the environment that torchrun gives, and wait for them.
+
+    Returns the exit code: 0, or that of the process that failed first. The others are stopped. The children's own
+    words on standard error are the message; torchrun's summary of them is left out.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.2,
+    )
+    try:
+        elastic_launch(config, sys.executable)(*arguments)
+    except ChildFailedError as error:
+        _, first = error.get_first_failure()
+        return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    return 0
