@@ -1,0 +1,38 @@
+"""grasp_dist: remove spurious correlations from LLM fine-tuning, on sharded gradients and real clusters.
+
+    basis = SpuriousBasis.load("basis.safetensors")
+    projector = GraspProjector(model, basis)
+    projector.attach(optimizer)
+
+The names below are imported when first used, so that `import grasp_dist` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grasp_dist.basis import SpuriousBasis
+    from grasp_dist.detection import detect_basis
+    from grasp_dist.errors import InputError
+    from grasp_dist.projection import GraspProjector
+
+__all__ = ["GraspProjector", "InputError", "SpuriousBasis", "detect_basis"]
+
+_HOMES = {
+    "GraspProjector": "grasp_dist.projection",
+    "InputError": "grasp_dist.errors",
+    "SpuriousBasis": "grasp_dist.basis",
+    "detect_basis": "grasp_dist.detection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

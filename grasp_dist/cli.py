@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -36,7 +37,13 @@ def _stages(ctx: typer.Context, config: Path, stages: tuple[str, ...], nproc: in
     from grasp_dist.config import load_config
     from grasp_dist.stages import run_stages
 
-    run_stages(load_config(config, ctx.obj), stages, nproc=nproc, dry_run=dry_run)
+    settings = load_config(config, ctx.obj)
+    if "WORLD_SIZE" in os.environ:  # started by torchrun or srun: one process of a group
+        from grasp_dist.worker import run_worker
+
+        run_worker(settings, stages)
+    else:
+        run_stages(settings, stages, nproc=nproc, dry_run=dry_run)
 
 
 @app.command(epilog=_OVERRIDES)
@@ -168,7 +175,9 @@ def textbook(
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: what a user can mend is one message on standard error and exit code 2, never a traceback."""
     from grasp_dist.config import split_overrides
+    from grasp_dist.console import quiet_libraries
 
+    quiet_libraries()
     try:
         rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         app(args=rest, obj=overrides)

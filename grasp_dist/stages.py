@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import sys
 import time
 from pathlib import Path
@@ -29,12 +29,9 @@ __all__ = ["run_stages", "work"]
 def run_stages(config: RunConfig, stages: tuple[str, ...] = STAGES, *, nproc: int = 1, dry_run: bool = False) -> None:
     """Bring the stages up to date: finished tasks whose inputs have not changed are kept, the others run.
 
-    nproc: processes on this machine; under torchrun or srun (WORLD_SIZE set) this process is one of theirs instead.
+    nproc: processes on this machine.
     dry_run: check everything that can be checked without training, print what would run, and stop.
     """
-    if "WORLD_SIZE" in os.environ:
-        work(config, stages)
-        return
     graph = RunGraph(config)
     plan = graph.plan(stages)
     stale = [task for task, reason in plan if reason]
@@ -71,6 +68,8 @@ def _start(config: RunConfig, stages: tuple[str, ...], nproc: int) -> None:
 
     saved = str(Path(config.run_dir) / "config.yaml")
     code = run_local(["-m", "grasp_dist.worker", saved, *stages], nproc=nproc)
+    for said in Path(config.run_dir).glob(".error-*"):
+        said.unlink()
     if code:
         print(f"stopped with exit code {code}; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         raise SystemExit(code)
@@ -97,10 +96,20 @@ def _report(graph: RunGraph) -> None:
     if reason:
         graph.require(task)
         task.unit.start()
+        _collect_scores(graph)
         report = graph.config.report
         build_report([graph.root], task.unit.folder, title=report.title, task=report.task, drift=report.drift)
         task.unit.finish(outputs=["report.html", "report.json"], metrics={}, world_size=1)
     print(f"report: {task.path.resolve()}")
+
+
+def _collect_scores(graph: RunGraph) -> None:
+    """evaluate/scores.json: every model's scores in one file, for the report and for other tools."""
+    models = [json.loads(task.path.read_text()) for task in graph.tasks(("evaluate",))]
+    probes = models[0]["probe_kinds"]
+    for model in models:
+        del model["probe_kinds"]
+    write_json(graph.root / "evaluate" / "scores.json", {"format": 1, "probes": probes, "models": models})
 
 
 class _Worker:
@@ -110,8 +119,7 @@ class _Worker:
         from grasp_dist.training.data import load_examples
         from grasp_dist.training.model import load_tokenizer
 
-        self.config, self.parallel = config, parallel
-        self.root = Path(config.run_dir)
+        self.config, self.parallel, self.graph = config, parallel, RunGraph(config)
         self.tokenizer = load_tokenizer(config.model)
         self._load_examples = load_examples
         self._examples: list[Any] | None = None
@@ -183,12 +191,31 @@ class _Worker:
         self._fine_tune(task, self.config.arm_training(task.arm), basis=self._arm_basis(task))
 
     def evaluate(self, task: Task) -> None:
-        from grasp_dist.evaluation.evaluator import Evaluator
-
+        graph, config = self.graph, self.config
         if self._evaluator is None:
-            self._evaluator = Evaluator(self)
-        scores = self._evaluator.scores(task)
-        self._finish(task, lambda: write_json(task.path, scores), {})
+            from grasp_dist.evaluation.evaluator import Evaluator
+
+            self._loaded = None
+            detected = self._basis(graph.detect_task()) if config.evaluate.shift else None
+            self._evaluator = Evaluator(config, self.tokenizer, self.parallel, detected)
+        row: dict[str, Any] = {"model": task.model, "seed": task.seed, "method": None, "basis": None, "basis_rank": None}
+        if task.model == "base":
+            scores = self._evaluator.base()
+        else:
+            source = task.upstream[0]
+            training = config.arm_training(task.arm) if task.arm else config.training
+            row |= {"method": training.method, **source.unit.manifest["metrics"]}
+            ablated = None
+            if task.model == "ablation":
+                ablated = _part(self._basis(graph.detect_task()), config.project.side, config.project.rank)
+                row |= {"basis": "detected", "basis_rank": _ranks(ablated), "residual": None}
+            elif task.arm and (basis := self._arm_basis(task)) is not None:
+                settings = graph.arm_settings(task.arm)
+                basis = _part(basis, settings["side"], settings["rank"])
+                row |= {"basis": settings["basis"], "basis_rank": _ranks(basis)}
+            scores = self._evaluator.trained(source.path, training, ablated=ablated)
+        row["probe_kinds"] = self._evaluator.describe_probes()
+        self._finish(task, lambda: write_json(task.path, {**row, **scores}), {})
 
     # Their parts
 
@@ -204,15 +231,19 @@ class _Worker:
         projector = None
         if basis is not None:
             assert task.arm is not None
-            settings = RunGraph(self.config).arm_settings(task.arm)
+            settings = self.graph.arm_settings(task.arm)
             settings.pop("basis")
             projector = GraspProjector(model, basis, **settings)
         with Recorder(task.unit.folder, self.parallel, task.name) as recorder:
             result = train(
                 model, examples, training, self.parallel, seed=task.seed, recorder=recorder, projector=projector
             )
-        residual = max(projector.residual().values()) if projector and projector_pins(projector) else None
-        metrics = {"final_loss": result.losses[-1], "steps": len(result.losses), "seconds": result.seconds, "residual": residual}
+        metrics = {
+            "final_loss": result.losses[-1],
+            "steps": len(result.losses),
+            "seconds": result.seconds,
+            "residual": max(projector.residual().values()) if projector else None,
+        }
         if training.method == "lora":
             save_adapter(model, task.path, self.parallel)
         else:
@@ -229,16 +260,19 @@ class _Worker:
         self.parallel.barrier()
 
     def _arm_basis(self, task: Task) -> SpuriousBasis | None:
-        from grasp_dist.basis import SpuriousBasis
-
         assert task.arm is not None
-        source = RunGraph(self.config).arm_basis(task.arm)
+        source = self.graph.arm_basis(task.arm)
         if source is None:
             return None
-        basis = SpuriousBasis.load(source.path if isinstance(source, Task) else source)
+        basis = self._basis(source)
         if self.config.project.arms[task.arm].basis == "random":
             return basis.random_like(seed=int(task.seed or 0))
         return basis
+
+    def _basis(self, source: Task | Path) -> SpuriousBasis:
+        from grasp_dist.basis import SpuriousBasis
+
+        return SpuriousBasis.load(source.path if isinstance(source, Task) else source)
 
     def _training_examples(self) -> list[Any]:
         if self._examples is None:
@@ -262,3 +296,17 @@ class _Worker:
         from grasp_dist.basis import model_reference
 
         return model_reference(self.config.model.path, self.config.model.revision)
+
+
+def _part(basis: SpuriousBasis, side: str | None, rank: int | None) -> SpuriousBasis:
+    basis = basis if side is None else basis.select(side)
+    return basis if rank is None else basis.truncate(rank)
+
+
+def _ranks(basis: SpuriousBasis) -> dict[str, int]:
+    """{side: the largest number of directions of any weight}."""
+    return {
+        side: max(basis.basis_rank(weight, side) for weight in basis.weights if side in basis.sides(weight))
+        for side in ("write", "read")
+        if any(side in basis.sides(weight) for weight in basis.weights)
+    }

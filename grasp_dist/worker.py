@@ -1,31 +1,56 @@
-"""One process of a torchrun group: `python -m grasp_dist.worker CONFIG STAGE...`."""
+"""One process of a torchrun or srun group: `python -m grasp_dist.worker CONFIG STAGE...`."""
 
 from __future__ import annotations
 
 import os
 import sys
-import time
+from pathlib import Path
 
-from grasp_dist.config import load_config
+from grasp_dist.config import RunConfig, load_config
+from grasp_dist.console import quiet_libraries
 from grasp_dist.errors import InputError
 from grasp_dist.stages import work
 
-__all__ = ["main"]
+__all__ = ["main", "run_worker"]
 
-_PATIENCE = 3.0
+
+def run_worker(config: RunConfig, stages: tuple[str, ...]) -> None:
+    """Do the stages' work as one of the group's processes.
+
+    An `InputError` ends the process with code 2, at once, since the others may be waiting for it in a collective; the
+    first of the group to have one prints it. The others then end silently, whatever their broken connections raise.
+    """
+    said = Path(config.run_dir) / f".error-{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}"
+    if os.environ.get("RANK") == "0":
+        said.unlink(missing_ok=True)
+    try:
+        work(config, stages)
+    except InputError as error:
+        if _first(said):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+    except Exception:
+        if not said.exists():
+            raise
+    else:
+        return
+    os._exit(2)
+
+
+def _first(said: Path) -> bool:
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def main() -> None:
-    """Run the stages; an `InputError` becomes one message and exit code 2, of rank 0 where it is seen there."""
-    config_path, *stages = sys.argv[1:]
-    try:
-        work(load_config(config_path), tuple(stages))
-    except InputError as error:
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(_PATIENCE)  # rank 0 mostly fails alike; its exit ends this process before it repeats the message
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: the process group may be waiting for a rank that has failed.
-        os._exit(2)
+    """Entry point of each process."""
+    quiet_libraries()
+    path, *stages = sys.argv[1:]
+    run_worker(load_config(path), tuple(stages))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""The alternatives that GRASP is judged against."""

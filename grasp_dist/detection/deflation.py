@@ -72,32 +72,23 @@ def _warm(search: _Search, examples: list[Example], training: TrainingConfig, re
     per_round = detect.steps_per_round or max(1, num_steps(training, len(examples)) // detect.rounds)
     reset_adapter(search.model, detect.seed, search.parallel)
     done = search.resume()
+    projector = GraspProjector(search.model, search.combined() if done else None)
 
     def on_start(state: LoopState) -> None:
         if done:
-            search.block(state)
-            extra = load_checkpoint(
-                search.round_folder(done) / "state", search.model, state.optimizer, state.projector, search.parallel
-            )
-            state.restore(extra)
+            folder = search.round_folder(done) / "state"
+            state.restore(load_checkpoint(folder, search.model, state.optimizer, projector, search.parallel))
 
     def on_step(step: int, state: LoopState) -> None:
         if step % per_round:
             return
         number = step // per_round
-        search.add_round(number)
-        search.block(state)
+        projector.extend(search.add_round(number))
         if number < detect.rounds:
-            save_checkpoint(
-                search.round_folder(number) / "state",
-                search.model,
-                state.optimizer,
-                state.projector,
-                state.extra(),
-                search.parallel,
-            )
+            folder = search.round_folder(number) / "state"
+            save_checkpoint(folder, search.model, state.optimizer, projector, state.extra(), search.parallel)
         search.commit(number)
-        recorder.event(f"round {number} of {detect.rounds}: {search.summary()}")
+        recorder.event(f"round {number} of {detect.rounds}: {len(search.rounds[-1])} weights gained directions")
 
     if done < detect.rounds:
         train(
@@ -108,6 +99,7 @@ def _warm(search: _Search, examples: list[Example], training: TrainingConfig, re
             seed=detect.seed,
             steps=per_round * detect.rounds,
             recorder=recorder,
+            projector=projector,
             on_start=on_start,
             on_step=on_step,
         )
@@ -131,7 +123,7 @@ def _restarted(search: _Search, examples: list[Example], training: TrainingConfi
         )
         search.add_round(number)
         search.commit(number)
-        recorder.event(f"round {number} of {detect.rounds}: {search.summary()}")
+        recorder.event(f"round {number} of {detect.rounds}: {len(search.rounds[-1])} weights gained directions")
 
 
 class _Search:
@@ -153,25 +145,17 @@ class _Search:
             self.rounds.append(SpuriousBasis.load(folder / "new.safetensors"))
         return len(self.rounds)
 
-    def add_round(self, number: int) -> None:
+    def add_round(self, number: int) -> SpuriousBasis:
         """Write the leading directions of the adapter's present update, and open them on every rank."""
         path = self.round_folder(number) / "new.safetensors"
         found = leading_directions(
             self.model, side=self.detect.side, count=self.detect.directions_per_round, keep=self.parallel.is_main
         )
-        if self.parallel.is_main:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if found is not None:
             found.save(path)
         self.parallel.barrier()
         self.rounds.append(SpuriousBasis.load(path))
-
-    def block(self, state: LoopState) -> None:
-        """Let the run's projector block everything found so far."""
-        if state.projector is None:
-            state.projector = GraspProjector(self.model, self.combined())
-            state.projector.attach(state.optimizer)
-        else:
-            state.projector.extend(self.rounds[-1])
+        return self.rounds[-1]
 
     def commit(self, number: int) -> None:
         if self.parallel.is_main:
@@ -187,11 +171,11 @@ class _Search:
         return basis.with_provenance(**(provenance or {}))
 
 
-def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = True) -> SpuriousBasis:
+def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = True) -> SpuriousBasis | None:
     """The `count` leading singular vectors of every adapted weight's present update `s B A`; collective.
 
     side: "write" (left vectors, (out, count)), "read" (right, (in, count)) or "both". Ranks with `keep=False` take part
-    in gathering the factors and return an empty basis. A weight whose update is negligible beside the largest is left
+    in gathering the factors and return None. A weight whose update is negligible beside the largest is left
     out; raises `InputError` when none moved at all.
     """
     tensors: dict[str, Tensor] = {}
@@ -209,8 +193,10 @@ def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = 
             tensors[f"{weight}.write"] = left[:, :take]
         if side in ("read", "both"):
             tensors[f"{weight}.read"] = right[:, :take]
+    if not keep:
+        return None
     largest = max((float(sigma[0]) for sigma in values.values()), default=0.0)
-    if keep and not largest > 0:
+    if not largest > 0:
         raise InputError("detection found no direction: the probe fine-tune changed no weight; raise training.learning_rate")
     moved = {weight for weight, sigma in values.items() if float(sigma[-1]) > _NOTHING_LEARNT * largest}
     return SpuriousBasis.from_tensors(

@@ -1,0 +1,90 @@
+"""Score the models of a run one after the other on one loaded base: base, naive, every arm, inference-time ablation."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from grasp_dist.baselines.ablation import ablate
+from grasp_dist.basis import SpuriousBasis
+from grasp_dist.config import RunConfig, TrainingConfig
+from grasp_dist.evaluation.probes import prepare
+from grasp_dist.evaluation.scoring import Reference, score
+from grasp_dist.evaluation.shift import ShiftMeter
+from grasp_dist.training.model import load_adapter, load_model, load_weights, reset_adapter
+from grasp_dist.training.parallel import Parallel
+
+__all__ = ["Evaluator"]
+
+
+class Evaluator:
+    """Holds the probes, the base's reference values, and one loaded model, which takes each set of trained weights.
+
+    Every method is collective. shift_basis: the basis along which the activations' shift is measured; None: not.
+    """
+
+    def __init__(
+        self, config: RunConfig, tokenizer: Any, parallel: Parallel, shift_basis: SpuriousBasis | None
+    ) -> None:
+        self.config, self.parallel = config, parallel
+        self.probes = prepare(config.evaluate.probes, tokenizer)
+        self._reference = Reference()
+        self._shift_basis = shift_basis
+        self._meter: ShiftMeter | None = None
+        self._base: dict[str, Any] = {}
+        self._loaded: tuple[str, nn.Module] | None = None
+
+    def base(self) -> dict[str, Any]:
+        """Scores of the base model."""
+        if not self._base:
+            self._model(self.config.training)
+        return self._base
+
+    def trained(
+        self, weights: Path, training: TrainingConfig, *, ablated: SpuriousBasis | None = None
+    ) -> dict[str, Any]:
+        """Scores of a fine-tune: `weights` is its adapter directory (LoRA) or model directory (full).
+
+        ablated: the directions that are ablated in the forward passes.
+        """
+        model = self._model(training)
+        if training.method == "lora":
+            load_adapter(model, weights, self.parallel)
+        else:
+            load_weights(model, weights, self.parallel)
+        with ablate(model, ablated) if ablated is not None else contextlib.nullcontext():
+            return self._scores(model)
+
+    def describe_probes(self) -> list[dict[str, Any]]:
+        """Name, role, kind and size of each probe, for scores.json."""
+        return [probe.describe() for probe in self.probes]
+
+    def _scores(self, model: nn.Module) -> dict[str, Any]:
+        batch_size = self.config.evaluate.batch_size
+        scores = score(model, self.probes, self.parallel, batch_size=batch_size, reference=self._reference)
+        shift = self._meter.measure(model) if self._meter is not None else None
+        return {"probes": scores, "shift": shift}
+
+    def _model(self, training: TrainingConfig) -> nn.Module:
+        """The base with room for this kind of fine-tune. The first model that is loaded is scored as the
+        base, which fills the references that the later ones are compared with."""
+        key = training.model_dump_json(include={"method", "modules", "lora", "precision"})
+        if training.method == "full":
+            key = f"full {training.precision}"
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            lora = training if training.method == "lora" else None
+            model = load_model(self.config.model, self.parallel, precision=training.precision, training=lora, seed=0)
+            if lora is not None:
+                reset_adapter(model, 0, self.parallel)  # B = 0: the base
+            self._loaded = (key, model)
+        model = self._loaded[1]
+        if not self._base:
+            if self._shift_basis is not None:
+                batch_size = self.config.evaluate.batch_size
+                self._meter = ShiftMeter(model, self._shift_basis, self.probes, self.parallel, batch_size=batch_size)
+            self._base = self._scores(model)
+        return model

@@ -1,0 +1,278 @@
+"""The report's pictures, each as an inline SVG made of one summary: trade-off, spectra, training curves, shift."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grasp_dist.evaluation.runs import RunRecord
+from grasp_dist.evaluation.svg import INK, MUTED, SURFACE, figure, series_colour, to_svg
+from grasp_dist.evaluation.verdict import number
+
+__all__ = ["curves_picture", "shift_picture", "spectra_picture", "trade_off_picture"]
+
+MARKERS = {"base": "s", "naive": "X", "grasp": "o", "random": "D", "ablation": "P", "one_shot": "^", "full": "v"}
+_MORE_MARKERS = ("h", "p", "<", ">")
+MEASURES = {
+    "completion": "probability",
+    "pair": "log-likelihood difference per token",
+    "loss": "loss",
+    "kl": "KL, nats",
+}
+_POINTS = 300
+_PANELS = 8
+
+
+def trade_off_picture(summary: Mapping[str, Any]) -> str | None:
+    """Task across, drift up: a small mark per model and seed, a large one with standard deviations for the mean."""
+    task, drift = summary["task"], summary["drift"]
+    shown = [model for model in summary["models"] if {task, drift} <= model["probes"].keys()]
+    if task is None or drift is None or not shown:
+        return None
+    names = [model["model"] for model in summary["models"]]
+    with figure(7.4, 4.7) as (made, axes):
+        ax = axes[0, 0]
+        ax.grid(visible=True)
+        means = {}
+        for model in shown:
+            name, colour = model["model"], series_colour(model["model"], names)
+            points = [
+                (row["probes"][task]["value"], row["probes"][drift]["value"])
+                for row in summary["rows"]
+                if row["model"] == name and {task, drift} <= row["probes"].keys()
+            ]
+            marker = _marker(name, names)
+            if len(points) > 1:
+                ax.scatter(*zip(*points, strict=True), s=22, color=colour, marker=marker, alpha=0.4, linewidths=0)
+            x, y = model["probes"][task], model["probes"][drift]
+            ax.errorbar(
+                x["mean"], y["mean"], xerr=x["sd"], yerr=y["sd"], color=colour, marker=marker, markersize=10.5,
+                markeredgecolor=SURFACE, markeredgewidth=1.2, elinewidth=1.4, capsize=0, zorder=5,
+            )  # fmt: skip
+            means[name] = (x["mean"], y["mean"])
+        ax.margins(0.09)
+        if {"base", "naive"} <= means.keys():
+            ax.axhline(means["base"][1], color=MUTED, linewidth=1, linestyle=(0, (1, 2.5)), zorder=1)
+            ax.axvline(means["naive"][0], color=MUTED, linewidth=1, linestyle=(0, (1, 2.5)), zorder=1)
+        probes = {probe["name"]: probe for probe in summary["probes"]}
+        ax.set_xlabel(_axis_label(probes[task], "task"))
+        ax.set_ylabel(_axis_label(probes[drift], "drift"))
+        _label_points(
+            made, ax, [(model["label"], series_colour(model["model"], names), means[model["model"]]) for model in shown]
+        )
+        words = "; ".join(
+            f"{m['label']}: task {number(means[m['model']][0])}, drift {number(means[m['model']][1])}" for m in shown
+        )
+        return to_svg(made, "trade", f"{drift} against {task}, by model", f"Means. {words}.")
+
+
+def curves_picture(records: Sequence[RunRecord], summary: Mapping[str, Any]) -> str | None:
+    """Training loss by step: the mean over runs and seeds, thin lines for each."""
+    names = [model["model"] for model in summary["models"]]
+    labels = {model["model"]: model["label"] for model in summary["models"]} | {"detection": "detection"}
+    by_model: dict[str, list[list[tuple[int, float]]]] = {}
+    for record in records:
+        for (model, _), curve in record.curves.items():
+            by_model.setdefault(model, []).append(_thinned(curve))
+    if not by_model:
+        return None
+    order = [name for name in [*names, "detection"] if name in by_model]
+    with figure(7.4, 3.9) as (made, axes):
+        ax = axes[0, 0]
+        ax.grid(visible=True, axis="y")
+        ends = []
+        losses = [loss for curves in by_model.values() for curve in curves for _, loss in curve]
+        for name in order:
+            colour = MUTED if name == "detection" else series_colour(name, names)
+            style = (0, (4, 2)) if name == "detection" else "-"
+            curves = by_model[name]
+            if len(curves) > 1:
+                for curve in curves:
+                    ax.plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.25)
+            mean = _mean_curve(curves)
+            ax.plot(*zip(*mean, strict=True), color=colour, linewidth=1.8, linestyle=style)
+            ends.append((labels[name], colour, mean[-1]))
+        if min(losses) > 0 and max(losses) > 30 * min(losses):
+            _log_axis(ax.yaxis)
+        ax.set_xlabel("optimizer step")
+        ax.set_ylabel("training loss" + (" (log scale)" if ax.get_yscale() == "log" else ""))
+        _label_ends(made, ax, ends)
+        words = "; ".join(f"{label} ends at {number(point[1])}" for label, _, point in ends)
+        return to_svg(made, "curves", "Training loss by step", f"{words}.")
+
+
+def spectra_picture(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Singular values of one naive update, one panel for each kind of module, one line for each layer."""
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(row["weight"].removesuffix(".weight").rpartition(".")[2], []).append(row)
+    shown = dict(list(panels.items())[:_PANELS])
+    values = [value for some in shown.values() for row in some for value in row["values"]]
+    largest = max(values, default=0.0)
+    if not largest > 0:
+        return None
+    columns = min(4, len(shown))
+    lines = -(-len(shown) // columns)
+    with figure(7.4, 0.4 + 2.6 * lines, lines, columns, sharey=True, sharex=True) as (made, axes):
+        for ax in axes.flat[len(shown) :]:
+            ax.set_visible(False)
+        for ax, (leaf, some) in zip(axes.flat, shown.items(), strict=False):
+            ax.set_title(leaf)
+            ax.grid(visible=True, axis="y")
+            for place, row in enumerate(some):
+                strength = 0.3 + 0.7 * place / max(1, len(some) - 1) if len(some) > 1 else 1.0
+                # Values that are rounding of zero would stretch the scale beyond use.
+                kept = [(i + 1, value) for i, value in enumerate(row["values"]) if value > 1e-6 * largest]
+                if kept:
+                    ax.plot(
+                        *zip(*kept, strict=True), color=series_colour("naive", []), alpha=strength, linewidth=1.5,
+                        marker="o", markersize=3,
+                    )  # fmt: skip
+            _log_axis(ax.yaxis)
+            ax.xaxis.get_major_locator().set_params(integer=True)
+        for ax in axes[-1]:
+            ax.set_xlabel("direction")
+        for ax in axes[:, 0]:
+            ax.set_ylabel("singular value")
+        words = "; ".join(
+            f"{leaf}: {statistics.fmean(row['leading'] for row in some):.0%} of the energy in the first direction"
+            for leaf, some in shown.items()
+        )
+        return to_svg(made, "spectra", "Singular values of the naive update", f"Means over layers. {words}.")
+
+
+def shift_picture(summary: Mapping[str, Any]) -> str | None:
+    """How many times further the activations moved along the basis than along random directions."""
+    shown = [model for model in summary["models"] if model["shift"]]
+    if not shown:
+        return None
+    names = [model["model"] for model in summary["models"]]
+    with figure(7.4, 0.9 + 0.36 * len(shown)) as (made, axes):
+        ax = axes[0, 0]
+        ax.grid(visible=True, axis="x")
+        ax.axvline(1, color=INK, linewidth=1)
+        for place, model in enumerate(shown):
+            colour, marker = series_colour(model["model"], names), _marker(model["model"], names)
+            ratios = model["shift"]["ratios"]
+            if len(ratios) > 1:
+                ax.scatter(ratios, [place] * len(ratios), s=22, color=colour, marker=marker, alpha=0.4, linewidths=0)
+            ax.scatter(
+                [model["shift"]["ratio"]], [place], s=90, color=colour, marker=marker, edgecolor=SURFACE, zorder=5
+            )
+        ax.set_xscale("log")
+        low, high = ax.get_xlim()
+        ax.set_xlim(min(low, 0.7), max(high, 1.5))
+        _log_axis(ax.xaxis)
+        ax.set_ylim(len(shown) - 0.5, -0.5)
+        ax.set_yticks(range(len(shown)), [model["label"] for model in shown])
+        ax.tick_params(axis="y", length=0)
+        ax.set_xlabel("shift along the basis / shift along random directions (log scale)")
+        words = "; ".join(f"{model['label']}: {number(model['shift']['ratio'])}" for model in shown)
+        return to_svg(
+            made, "shift", "Shift of the activations along the basis, relative to random directions", f"{words}."
+        )
+
+
+def _marker(name: str, names: Sequence[str]) -> str:
+    others = [other for other in names if other not in MARKERS]
+    return MARKERS.get(name) or _MORE_MARKERS[others.index(name) % len(_MORE_MARKERS)]
+
+
+def _axis_label(probe: Mapping[str, Any], role: str) -> str:
+    better = (probe["kind"] in ("loss", "kl")) == (role == "drift")
+    arrow = ("\N{RIGHTWARDS ARROW}" if better else "\N{LEFTWARDS ARROW}") if role == "task" else "lower"
+    if role == "drift":
+        arrow = "\N{UPWARDS ARROW}" if probe["kind"] == "loss" else "\N{DOWNWARDS ARROW}"
+    return f"{role}: {probe['name']}, {MEASURES[probe['kind']]}   ({arrow} better)"
+
+
+def _label_points(made: Any, ax: Any, labels: Sequence[tuple[str, str, tuple[float, float]]]) -> None:
+    """A name beside each mark, where it covers no other name or mark."""
+    made.canvas.draw()
+    renderer = made.canvas.get_renderer()
+    inside = ax.get_window_extent(renderer)
+    marks = [ax.transData.transform(point) for _, _, point in labels]
+    size = made.dpi / 72
+    taken: list[Any] = []
+    offsets = [
+        (dx * reach, dy * reach, side, edge)
+        for reach in (1, 1.8, 3, 4.5, 6)
+        for dx, dy, side, edge in (
+            (10, 0, "left", "center"), (-10, 0, "right", "center"), (0, 10, "center", "bottom"), (0, -10, "center", "top"),
+            (8, 8, "left", "bottom"), (-8, 8, "right", "bottom"), (8, -8, "left", "top"), (-8, -8, "right", "top"),
+        )
+    ]  # fmt: skip
+    for text, colour, point in labels:
+        best = None
+        for dx, dy, side, edge in offsets:
+            note = ax.annotate(
+                text, point, (dx, dy), textcoords="offset points", ha=side, va=edge, color=colour, fontweight="bold",
+                fontsize=10.5, zorder=6,
+            )  # fmt: skip
+            box = note.get_window_extent(renderer)
+            free = not any(box.overlaps(other) for other in taken)
+            clear = not any(
+                box.x0 - 7 * size < x < box.x1 + 7 * size and box.y0 - 5 * size < y < box.y1 + 5 * size
+                for x, y in marks
+            )
+            within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
+            if free and clear and within:
+                best = (note, box)
+                if math.hypot(dx, dy) > 25:
+                    note.arrow_patch = None
+                break
+            note.remove()
+        if best is None:
+            note = ax.annotate(
+                text, point, (10, 0), textcoords="offset points", va="center", color=colour, fontsize=10.5
+            )
+            best = (note, note.get_window_extent(renderer))
+        taken.append(best[1])
+
+
+def _label_ends(made: Any, ax: Any, ends: Sequence[tuple[str, str, tuple[float, float]]]) -> None:
+    """Names at the right ends of lines, pushed apart."""
+    made.canvas.draw()
+    height = 14 * made.dpi / 72
+    order = sorted(ends, key=lambda end: ax.transData.transform(end[2])[1])
+    wanted = [ax.transData.transform(point)[1] for _, _, point in order]
+    places: list[float] = []
+    for y in wanted:
+        places.append(max(y, places[-1] + height) if places else y)
+    excess = sum(places) / len(places) - sum(wanted) / len(wanted)
+    right = max(point[0] for _, _, point in ends)
+    for (text, colour, _), y in zip(order, places, strict=True):
+        value = ax.transData.inverted().transform((0, y - excess))[1]
+        ax.annotate(
+            text, (right, value), (8, 0), textcoords="offset points", va="center", color=colour, fontweight="bold",
+            annotation_clip=False,
+        )  # fmt: skip
+
+
+def _log_axis(axis: Any) -> None:
+    """A log scale whose ticks are plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    (axis.axes.set_yscale if axis.axis_name == "y" else axis.axes.set_xscale)("log")
+    low, high = sorted(axis.get_view_interval())
+    narrow = low > 0 and high / low < 30
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,), numticks=12))
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most `_POINTS` points, each the mean of its stretch of steps."""
+    width = -(-len(curve) // _POINTS)
+    parts = [curve[i : i + width] for i in range(0, len(curve), width)]
+    return [(part[-1][0], statistics.fmean(loss for _, loss in part)) for part in parts]
+
+
+def _mean_curve(curves: Sequence[list[tuple[int, float]]]) -> list[tuple[int, float]]:
+    """Mean over the curves at the steps that all of them have."""
+    tables = [dict(curve) for curve in curves]
+    common = sorted(set.intersection(*(set(table) for table in tables))) or sorted(tables[0])
+    return [(step, statistics.fmean(table[step] for table in tables if step in table)) for step in common]

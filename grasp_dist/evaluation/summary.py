@@ -1,0 +1,235 @@
+"""From the scores of any number of runs to one table: per model means over runs and seeds, drift cuts, costs (ours)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from grasp_dist.errors import InputError
+from grasp_dist.evaluation.runs import RunRecord
+from grasp_dist.evaluation.statistics import (
+    Key,
+    bootstrap_interval,
+    compare,
+    higher_is_worse,
+    remaining_shares,
+    summarise,
+)
+
+__all__ = ["headline_arm", "summarise_runs"]
+
+_LABELS = {"grasp": "GRASP", "random": "random basis", "one_shot": "one-shot", "ablation": "ablation"}
+
+
+def summarise_runs(
+    records: Sequence[RunRecord], *, task: str | None = None, drift: str | None = None
+) -> dict[str, Any]:
+    """Everything that the report says in figures, as plain JSON: docs/probes.md describes it.
+
+    task, drift: the probes on the picture's axes; None: the first of that role, and None if there is none. Raises
+    `InputError` for a probe that no run has, or one name used for two different measurements.
+    """
+    probes = _probes(records)
+    task, drift = _axis(probes, task, "task"), _axis(probes, drift, "drift")
+    entries: dict[str, list[tuple[Key | str, dict[str, Any]]]] = {}
+    for record in records:
+        for row in record.models:
+            key = record.name if row["model"] == "base" else (record.name, int(row.get("seed") or 0))
+            entries.setdefault(row["model"], []).append((key, row))
+    order = sorted(entries, key=lambda name: {"base": 0, "naive": 1, "ablation": 3}.get(name, 2))
+    values = {
+        probe["name"]: {
+            model: {key: row["probes"][probe["name"]]["value"] for key, row in rows if probe["name"] in row["probes"]}
+            for model, rows in entries.items()
+        }
+        for probe in probes
+    }
+    models = [_model(name, entries[name], probes, values, drift, task) for name in order]
+    _distinct_labels(models)
+    return {
+        "format": 1,
+        "runs": [{"name": record.name, "folder": str(record.folder)} for record in records],
+        "seeds": sorted({key[1] for rows in entries.values() for key, _ in rows if isinstance(key, tuple)}),
+        "probes": probes,
+        "task": task,
+        "drift": drift,
+        "models": models,
+        "detection": _detection(records),
+        "rows": [
+            _row(record.name, row, [probe["name"] for probe in probes]) for record in records for row in record.models
+        ],
+    }
+
+
+def headline_arm(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The arm that the headline is about: `grasp`, else the first with the detected basis, else with any but random."""
+    arms = [model for model in models if model["model"] not in ("base", "naive", "ablation")]
+    for chosen in (
+        [arm for arm in arms if arm["model"] == "grasp"],
+        [arm for arm in arms if arm["basis"] == "detected"],
+        [arm for arm in arms if arm["basis"] not in ("random", "none", None)],
+    ):
+        if chosen:
+            return chosen[0]
+    return None
+
+
+def _probes(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The probes of all runs in order of first appearance, sizes as a range."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for probe in record.probes:
+            known = found.setdefault(probe["name"], {**probe, "n": []})
+            if (known["kind"], known["role"]) != (probe["kind"], probe["role"]):
+                raise InputError(
+                    f"probe {probe['name']!r} is a {known['kind']} probe of role {known['role']} in one run and "
+                    f"{probe['kind']} of role {probe['role']} in {record.folder}; report these runs apart"
+                )
+            known["n"].append(probe["n"])
+    for probe in found.values():
+        probe["n"] = sorted(set(probe["n"]))
+        probe["worst_is_high"] = higher_is_worse(probe["role"], probe["kind"])
+    return list(found.values())
+
+
+def _axis(probes: Sequence[dict[str, Any]], wanted: str | None, role: str) -> str | None:
+    names = [probe["name"] for probe in probes]
+    if wanted is not None and wanted not in names:
+        raise InputError(
+            f"report.{role} names the probe {wanted!r}, which no run has; choose one of {', '.join(names)}"
+        )
+    return wanted or next((probe["name"] for probe in probes if probe["role"] == role), None)
+
+
+def _model(
+    name: str,
+    entries: list[tuple[Key | str, dict[str, Any]]],
+    probes: list[dict[str, Any]],
+    values: dict[str, dict[str, dict[Any, float]]],
+    drift: str | None,
+    task: str | None,
+) -> dict[str, Any]:
+    first = entries[0][1]
+    summary = {
+        probe["name"]: summarise(list(found.values()), worst_is_high=probe["worst_is_high"])
+        for probe in probes
+        if (found := values[probe["name"]][name])
+    }
+    cuts = {}
+    if name not in ("base", "naive") and "naive" in values[probes[0]["name"]]:
+        for probe in probes:
+            if probe["role"] == "drift":
+                by_model = values[probe["name"]]
+                rows = remaining_shares(by_model.get("base", {}), by_model["naive"], by_model[name])
+                cuts[probe["name"]] = {"summary": compare(rows), "rows": rows}
+    return {
+        "model": name,
+        "label": _label(name, first),
+        "method": first.get("method"),
+        "basis": first.get("basis"),
+        "basis_rank": first.get("basis_rank"),
+        "n": len(entries),
+        "probes": summary,
+        "drift_cuts": cuts,
+        "task_change": _task_change(name, task, values),
+        "shift": _shift([row.get("shift") for _, row in entries]) if name != "base" else None,
+        "residual": max(_numbers(entries, "residual"), default=None),
+        "final_loss": _mean(_numbers(entries, "final_loss")) if name != "ablation" else None,
+        "seconds": _mean(_numbers(entries, "seconds")) if name != "ablation" else None,
+        "steps": _mean(_numbers(entries, "steps")) if name != "ablation" else None,
+    }
+
+
+def _task_change(name: str, task: str | None, values: dict[str, dict[str, dict[Any, float]]]) -> dict[str, Any] | None:
+    """Arm minus naive on the task probe, and the share of naive's gain over the base that the arm has."""
+    if task is None or name in ("base", "naive") or "naive" not in values[task]:
+        return None
+    by_model = values[task]
+    rows = [
+        {"run": key[0], "seed": key[1], "x": value - by_model["naive"][key]}
+        for key, value in by_model[name].items()
+        if key in by_model["naive"]
+    ]
+    if not rows:
+        return None
+    gained = compare(remaining_shares(by_model.get("base", {}), by_model["naive"], by_model[name]))
+    return {
+        "mean": statistics.fmean(row["x"] for row in rows),
+        "interval": bootstrap_interval(rows, lambda drawn: statistics.fmean(row["x"] for row in drawn)),
+        "share_of_gain": gained and gained["remaining"],
+    }
+
+
+def _shift(found: list[Any]) -> dict[str, Any] | None:
+    """Pooled ratio of each run and its mean; means of both lengths, and of the ratio per side."""
+    kept = [shift for shift in found if isinstance(shift, dict) and shift.get("pooled")]
+    ratios = [shift["pooled"]["ratio"] for shift in kept if shift["pooled"]["ratio"] is not None]
+    if not ratios:
+        return None
+    sides = sorted({side for shift in kept for side in shift.get("sides", {})}, reverse=True)
+    return {
+        "ratio": _mean(ratios),
+        "ratios": ratios,
+        "basis": _mean([shift["pooled"]["basis"] for shift in kept]),
+        "random": _mean([shift["pooled"]["random"] for shift in kept]),
+        "sides": {
+            side: _mean([ratio for s in kept if (ratio := s.get("sides", {}).get(side, {}).get("ratio")) is not None])
+            for side in sides
+        },
+    }
+
+
+def _detection(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """What the search cost, beside a naive fine-tune: means over runs."""
+    metrics = [record.work.get(("detection", None), {}).get("metrics", {}) for record in records]
+    naive = [
+        manifest.get("metrics", {}) for record in records for key, manifest in record.work.items() if key[0] == "naive"
+    ]
+    curves = [record.curves[("detection", None)] for record in records if ("detection", None) in record.curves]
+    plain = [curve for record in records for key, curve in record.curves.items() if key[0] == "naive"]
+
+    def both(name: str) -> dict[str, float | None]:
+        return {
+            who: _mean([float(m[name]) for m in source if isinstance(m.get(name), (int, float))])
+            for who, source in (("detection", metrics), ("naive", naive))
+        }
+
+    return {
+        "seconds": both("seconds"),
+        "steps": {"detection": _mean([len(c) for c in curves]), "naive": _mean([len(c) for c in plain])},
+    }
+
+
+def _row(run: str, row: dict[str, Any], probes: list[str]) -> dict[str, Any]:
+    measured = {name: row["probes"][name] for name in probes if name in row["probes"]}
+    return {
+        "run": run,
+        "model": row["model"],
+        "seed": row.get("seed"),
+        **{key: row.get(key) for key in ("method", "basis", "basis_rank", "residual", "final_loss", "seconds")},
+        "probes": {name: {k: v for k, v in found.items() if k != "rows"} for name, found in measured.items()},
+        "shift": (row.get("shift") or {}).get("pooled"),
+    }
+
+
+def _label(name: str, row: dict[str, Any]) -> str:
+    label = _LABELS.get(name, name.replace("_", " "))
+    if row.get("method") == "full" and name == "full":
+        return "GRASP, full fine-tune" if row.get("basis") == "detected" else "full fine-tune"
+    return label
+
+
+def _distinct_labels(models: list[dict[str, Any]]) -> None:
+    labels = [model["label"] for model in models]
+    for model in models:
+        if labels.count(model["label"]) > 1:
+            model["label"] = model["model"]
+
+
+def _numbers(entries: list[tuple[Key | str, dict[str, Any]]], name: str) -> list[float]:
+    return [float(row[name]) for _, row in entries if isinstance(row.get(name), (int, float))]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None

@@ -1,0 +1,155 @@
+"""The whole pipeline as a user runs it: two processes, files in, a report out, nothing done twice, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import grasp_dist, tiny_config
+
+ARMS = {
+    "grasp": {},
+    "random": {"basis": "random"},
+    "one_shot": {"basis": "one_shot"},
+    "full": {"training": {"method": "full", "learning_rate": 1e-3}},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(organism, tmp_path_factory) -> tuple[Path, Path, str]:
+    """A finished run on two processes: its configuration, its folder, and what it printed."""
+    root = tmp_path_factory.mktemp("pipeline")
+    config = root / "config.yaml"
+    config.write_text(yaml.safe_dump({**tiny_config(organism, root / "run"), "project": {"arms": ARMS}}))
+    done = grasp_dist("run", config, "--nproc", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return config, root / "run", done.stdout
+
+
+def test_the_run_has_every_model_and_its_report(finished):
+    _, run, output = finished
+    scores = json.loads((run / "evaluate" / "scores.json").read_text())
+    assert {row["model"] for row in scores["models"]} == {"base", "naive", "ablation", *ARMS}
+    assert all(row["residual"] <= 1e-6 for row in scores["models"] if row["model"] in ARMS)
+    by_model = {row["model"]: row for row in scores["models"]}
+    assert by_model["naive"]["probes"]["task"]["value"] > by_model["base"]["probes"]["task"]["value"]
+    assert by_model["base"]["probes"]["neutral"]["value"] == 0
+    assert by_model["naive"]["probes"]["neutral"]["value"] > 0
+    assert (run / "report" / "report.html").is_file()
+    assert f"report: {run / 'report' / 'report.html'}" in output
+    manifest = json.loads((run / "naive" / "seed-0" / "manifest.json").read_text())
+    assert manifest["world_size"] == 2
+    assert len((run / "naive" / "seed-0" / "metrics.jsonl").read_text().splitlines()) >= 8
+
+
+def test_a_second_run_keeps_everything(finished):
+    config, run, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("manifest.json")}
+    done = grasp_dist("run", config, "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    assert "will run" not in done.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("manifest.json")}
+
+
+def test_one_process_gives_the_same_figures(finished, write_config, tmp_path):
+    _, run, _ = finished
+    done = grasp_dist("run", write_config(project={"arms": ARMS}))
+    assert done.returncode == 0, done.stdout + done.stderr
+    sharded, single = (
+        {(row["model"], row["seed"]): row for row in json.loads((folder / "evaluate" / "scores.json").read_text())["models"]}
+        for folder in (run, tmp_path / "run")
+    )
+    assert sharded.keys() == single.keys()
+    for key, row in sharded.items():
+        for probe, metrics in row["probes"].items():
+            assert metrics["value"] == pytest.approx(single[key]["probes"][probe]["value"], rel=2e-3, abs=1e-5), (key, probe)
+
+
+def test_a_changed_setting_reruns_what_it_touches_and_says_why(finished):
+    config, run, _ = finished
+    done = grasp_dist("run", config, "--dry-run", "--project.rank", 1)
+    assert done.returncode == 0, done.stderr
+    assert "naive/seed-0: finished, kept" in done.stdout
+    assert "project/grasp/seed-0: will run: its inputs changed: arm.rank was null, now 1" in done.stdout
+    assert "follows project/grasp/seed-0" in done.stdout
+    assert not list(run.glob("project/grasp/*.old-*"))
+
+
+def test_the_trained_adapter_is_an_ordinary_one(finished, organism):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    _, run, _ = finished
+    base = AutoModelForCausalLM.from_pretrained(organism / "model")
+    model = PeftModel.from_pretrained(base, run / "project" / "grasp" / "seed-0" / "adapter")
+    assert max(p.abs().max().item() for name, p in model.named_parameters() if "lora_B" in name) > 0
+
+
+def test_inspect_and_preview(finished):
+    config, run, _ = finished
+    shown = grasp_dist("inspect", run / "detect" / "basis.safetensors")
+    assert shown.returncode == 0, shown.stderr
+    assert "down_proj" in shown.stdout
+    shown = grasp_dist("inspect", run / "naive" / "seed-0" / "adapter")
+    assert shown.returncode == 0, shown.stderr
+    shown = grasp_dist("preview-data", config)
+    assert shown.returncode == 0, shown.stderr
+    assert "d0" in shown.stdout
+
+
+def test_detect_from_an_adapter_alone(finished, tmp_path):
+    _, run, _ = finished
+    adapter = run / "naive" / "seed-0" / "adapter"
+    done = grasp_dist("detect", "--adapter", adapter, "--rank", 2, "--side", "both", "--out", tmp_path / "b.safetensors")
+    assert done.returncode == 0, done.stderr
+    from grasp_dist import SpuriousBasis
+
+    basis = SpuriousBasis.load(tmp_path / "b.safetensors")
+    assert basis.sides(basis.weights[0]) == ("write", "read")
+
+
+def test_reports_of_several_runs_are_pooled(finished, tmp_path):
+    _, run, _ = finished
+    done = grasp_dist("report", run, run, "--out", tmp_path / "pooled")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pooled" / "report.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["warm", "restarted"])
+def test_an_interrupted_detection_goes_on_behind_its_last_round(organism, tmp_path, method):
+    """Killed in the middle of a round, started again: the same basis as without the interruption."""
+    from grasp_dist import SpuriousBasis
+
+    configs = {}
+    for name in ("straight", "killed"):
+        tree = tiny_config(organism, tmp_path / name)
+        tree["training"]["steps"] = 60
+        tree["detect"] = {"method": method, "rounds": 6, "steps_per_round": 10}
+        configs[name] = tmp_path / f"{name}.yaml"
+        configs[name].write_text(yaml.safe_dump(tree))
+    assert grasp_dist("detect", configs["straight"]).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grasp_dist.cli", "detect", str(configs["killed"])], stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    second = tmp_path / "killed" / "detect" / "rounds" / "round-002" / "committed.json"
+    while not second.exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "detect" / "basis.safetensors").exists()
+    first = (tmp_path / "killed" / "detect" / "rounds" / "round-001" / "committed.json").stat().st_mtime_ns
+    done = grasp_dist("detect", configs["killed"])
+    assert done.returncode == 0, done.stderr
+    assert first == (tmp_path / "killed" / "detect" / "rounds" / "round-001" / "committed.json").stat().st_mtime_ns
+    straight, again = (SpuriousBasis.load(tmp_path / name / "detect" / "basis.safetensors") for name in configs)
+    assert straight.fingerprint() == again.fingerprint()
