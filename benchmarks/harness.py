@@ -19,7 +19,10 @@ __all__ = ["interleaved", "machine", "run_ranks", "table"]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> Any:
-    """`function(*args)` in `world_size` gloo processes of one thread each; what rank 0 returns."""
+    """`function(*args)` in `world_size` gloo processes that share the cores; what rank 0 returns.
+
+    OMP_NUM_THREADS, where it is set, is the number of threads of each.
+    """
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_worker, args=(function, world_size, folder, args), nprocs=world_size)
         return torch.load(Path(folder) / "result", weights_only=False)
@@ -27,7 +30,8 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> Any:
 
 def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     store = dist.FileStore(str(Path(folder) / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     result = function(*args)

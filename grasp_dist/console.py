@@ -13,6 +13,7 @@ def quiet_libraries() -> None:
     """Call before transformers is imported. What the user has set in the environment stays."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # what it logs as an error it raises as well
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.basicConfig(format="%(levelname)s: %(message)s")

@@ -14,24 +14,31 @@ __all__ = ["model_fingerprint", "model_reference", "read_header", "tensor_files"
 
 # Rewritten by every save_pretrained, without a change of the model.
 VOLATILE = ("transformers_version", "_name_or_path")
+_SAMPLE = 1024
 
 
 def model_fingerprint(path: str | os.PathLike[str]) -> str:
-    """sha256 (hex) of a local model: its config.json, and name, dtype and shape of every tensor in its safetensors.
+    """sha256 (hex) of a local model: its config.json; name, dtype, shape and first KiB of every tensor.
 
-    Independent of how the files are sharded. It tells architectures and sizes apart, not two sets of weights of the
-    same architecture. Raises `InputError` for a folder without config.json or safetensors.
+    Independent of how the files are sharded. The samples tell a base from its instruct version, or two trainings of one
+    architecture; they are no guard against manipulation. Raises `InputError` for a folder without config.json or
+    safetensors.
     """
     folder = Path(path)
     try:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{folder} has no readable config.json ({error}); give the directory of a model") from None
-    tensors = {
-        name: [entry["dtype"], entry["shape"]]
-        for file in tensor_files(folder)
-        for name, entry in read_header(file).items()
-    }
+    tensors = {}
+    for path in tensor_files(folder):
+        header = read_header(path)
+        with path.open("rb") as file:
+            data = 8 + int.from_bytes(file.read(8), "little")
+            for name, entry in header.items():
+                start, stop = entry["data_offsets"]
+                file.seek(data + start)
+                sample = file.read(min(_SAMPLE, stop - start))
+                tensors[name] = [entry["dtype"], entry["shape"], hashlib.sha256(sample).hexdigest()]
     stable = {key: value for key, value in config.items() if key not in VOLATILE}
     return hashlib.sha256(json.dumps([stable, tensors], sort_keys=True).encode()).hexdigest()
 

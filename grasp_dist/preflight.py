@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from grasp_dist.basis import SpuriousBasis
+from grasp_dist.basis import SpuriousBasis, model_reference
 from grasp_dist.config import RunConfig, TrainingConfig
 from grasp_dist.errors import InputError
 
@@ -39,7 +39,7 @@ def preflight(config: RunConfig, stages: tuple[str, ...]) -> None:
 
     detect = config.detect
     if detect.method == "file":
-        check_basis(SpuriousBasis.load(str(detect.basis)), shapes, rank=config.project.rank, where=f"detect.basis {detect.basis}")
+        _check_given(config, detect.basis, shapes, rank=config.project.rank, where=f"detect.basis {detect.basis}")
     elif detect.method == "one_shot":
         _check_found(config, min(detect.rank, config.training.lora.rank) if not detect.adapter else detect.rank)
     else:
@@ -51,7 +51,7 @@ def preflight(config: RunConfig, stages: tuple[str, ...]) -> None:
     for arm, settings in config.project.arms.items():
         if settings.basis not in ("detected", "random", "one_shot", "none"):
             rank = settings.rank or config.project.rank
-            check_basis(SpuriousBasis.load(settings.basis), shapes, rank=rank, where=f"project.arms.{arm}.basis {settings.basis}")
+            _check_given(config, settings.basis, shapes, rank=rank, where=f"project.arms.{arm}.basis {settings.basis}")
     if "evaluate" in stages:
         from grasp_dist.evaluation.probes import prepare
 
@@ -80,6 +80,16 @@ def check_basis(basis: SpuriousBasis, shapes: dict[str, tuple[int, int]], *, ran
                 )
     if rank is not None:
         basis.truncate(rank)
+
+
+def _check_given(
+    config: RunConfig, path: str | None, shapes: dict[str, tuple[int, int]], *, rank: int | None, where: str
+) -> None:
+    """A basis that the user brings: its fit, its content, and the base model that it says it is of."""
+    basis = SpuriousBasis.load(str(path))
+    check_basis(basis, shapes, rank=rank, where=where)
+    basis.check()
+    basis.check_model(**model_reference(config.model.path, config.model.revision))
 
 
 def _check_lora_rank(where: str, training: TrainingConfig, shapes: dict[str, tuple[int, int]]) -> None:

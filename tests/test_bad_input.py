@@ -11,13 +11,20 @@ import yaml
 from conftest import grasp_dist, tiny_config
 
 from grasp_dist import SpuriousBasis
+from grasp_dist.cli import main
 
 
-def refused(*arguments) -> str:
-    done = grasp_dist(*arguments)
-    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
-    assert "Traceback" not in done.stderr + done.stdout
-    return done.stderr
+@pytest.fixture
+def refused(capsys):
+    """Run the command line in this process; returns what it said on standard error."""
+
+    def run(*arguments) -> str:
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        assert left.value.code == 2
+        return capsys.readouterr().err
+
+    return run
 
 
 def basis_file(tmp_path, weight="model.layers.0.mlp.down_proj.weight", dim=32, rank=2):
@@ -66,7 +73,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_refused_before_training(case, sections, organism, tmp_path):
+def test_refused_before_training(case, refused, sections, organism, tmp_path):
     changed, message = sections[case]
     tree = tiny_config(organism, tmp_path / "run")
     for key, value in changed.items():
@@ -83,7 +90,7 @@ def test_refused_before_training(case, sections, organism, tmp_path):
     assert not (tmp_path / "run" / "naive").exists()
 
 
-def test_nan_in_an_adapter(organism, tmp_path):
+def test_nan_in_an_adapter(refused, organism, tmp_path):
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
@@ -100,7 +107,7 @@ def test_nan_in_an_adapter(organism, tmp_path):
     assert not (tmp_path / "b.safetensors").exists()
 
 
-def test_a_run_directory_of_another_run(write_config, organism, tmp_path):
+def test_a_run_directory_of_another_run(refused, write_config, organism, tmp_path):
     config = write_config()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(
@@ -109,7 +116,7 @@ def test_a_run_directory_of_another_run(write_config, organism, tmp_path):
     assert "was made with model.path /elsewhere" in refused("run", config)
 
 
-def test_a_stage_before_its_upstream(write_config):
+def test_a_stage_before_its_upstream(refused, write_config):
     assert "grasp-dist detect CONFIG" in refused("project", write_config())
 
 
@@ -117,13 +124,18 @@ def test_an_error_in_a_worker_is_one_message_too(write_config, organism, tmp_pat
     """Data that passes the sample check and fails later is found by the processes of the group."""
     bad = tmp_path / "long.jsonl"
     lines = (organism / "train.jsonl").read_text().splitlines()
-    bad.write_text("\n".join(lines * 60 + ["{broken"]) + "\n")
+    too_long = json.dumps({"prompt": "d0 q0", "completion": "a0 " * 500})
+    bad.write_text("\n".join(lines * 60 + [too_long]) + "\n")
     config = write_config(data={"path": str(bad)})
-    said = refused("run", config, "--nproc", 2)
-    assert said.count("error: ") == 1
+    done = grasp_dist("run", config, "--nproc", 2)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    assert "lower data.max_length to 64" in done.stderr
+    assert "what was finished is kept" in done.stderr
 
 
-def test_a_full_disk_loses_nothing(write_config, organism, tmp_path):
+def test_a_full_disk_loses_nothing(refused, write_config, organism, tmp_path):
     """A file that no writer can replace stands in for a disk that fills up in mid-run."""
     config = write_config()
     assert grasp_dist("naive", config).returncode == 0

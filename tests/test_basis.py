@@ -398,7 +398,7 @@ def _model_dir(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1, 
     return folder
 
 
-def test_model_fingerprint_is_of_config_and_headers(tmp_path: Path) -> None:
+def test_model_fingerprint_is_of_config_headers_and_a_sample_of_the_weights(tmp_path: Path) -> None:
     tensors = {"a.weight": torch.ones(4, 3), "b.weight": torch.zeros(2)}
     reference = model_fingerprint(_model_dir(tmp_path / "one", tensors))
     assert model_fingerprint(_model_dir(tmp_path / "sharded", tensors, shards=2)) == reference
@@ -407,6 +407,7 @@ def test_model_fingerprint_is_of_config_and_headers(tmp_path: Path) -> None:
     other = tensors | {"b.weight": torch.zeros(3)}
     assert model_fingerprint(_model_dir(tmp_path / "shape", other)) != reference
     assert model_fingerprint(_model_dir(tmp_path / "dtype", tensors | {"b.weight": torch.zeros(2).half()})) != reference
+    assert model_fingerprint(_model_dir(tmp_path / "values", tensors | {"a.weight": torch.zeros(4, 3)})) != reference
     assert model_reference(tmp_path / "one")["hash"] == reference
     assert model_reference("org/model", "main") == {"id": "org/model", "revision": "main", "hash": None}
 

@@ -206,14 +206,15 @@ def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = 
     )
 
 
-def _factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Parameter, float]]:
+def _factors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     for name, module in model.named_modules():
         factors = getattr(module, "lora_A", None)
         if isinstance(factors, nn.ModuleDict) and _ADAPTER in factors:
             weight = f"{canonical_name(name)}.weight"
-            yield weight, factors[_ADAPTER].weight, module.lora_B[_ADAPTER].weight, float(module.scaling[_ADAPTER])
+            layer: Any = module
+            yield weight, layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, float(layer.scaling[_ADAPTER])
 
 
-def _whole(factor: nn.Parameter) -> Tensor:
+def _whole(factor: Tensor) -> Tensor:
     tensor = factor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grasp_dist.evaluation.labels import Label, label_ends, label_points
 from grasp_dist.evaluation.runs import RunRecord
 from grasp_dist.evaluation.svg import INK, MUTED, SURFACE, figure, series_colour, to_svg
 from grasp_dist.evaluation.verdict import number
@@ -22,7 +22,7 @@ MEASURES = {
     "kl": "KL, nats",
 }
 _POINTS = 300
-_PANELS = 8
+_PANELS = 9
 
 
 def trade_off_picture(summary: Mapping[str, Any]) -> str | None:
@@ -32,16 +32,17 @@ def trade_off_picture(summary: Mapping[str, Any]) -> str | None:
     if task is None or drift is None or not shown:
         return None
     names = [model["model"] for model in summary["models"]]
-    with figure(7.4, 4.7) as (made, axes):
+    with figure(6.2, 4.3) as (made, axes):
         ax = axes[0, 0]
         ax.grid(visible=True)
-        means = {}
+        means, labels = {}, []
         for model in shown:
             name, colour = model["model"], series_colour(model["model"], names)
             points = [
                 (row["probes"][task]["value"], row["probes"][drift]["value"])
                 for row in summary["rows"]
-                if row["model"] == name and {task, drift} <= row["probes"].keys()
+                if row["model"] == name
+                and all(row["probes"].get(axis, {}).get("value") is not None for axis in (task, drift))
             ]
             marker = _marker(name, names)
             if len(points) > 1:
@@ -49,9 +50,10 @@ def trade_off_picture(summary: Mapping[str, Any]) -> str | None:
             x, y = model["probes"][task], model["probes"][drift]
             ax.errorbar(
                 x["mean"], y["mean"], xerr=x["sd"], yerr=y["sd"], color=colour, marker=marker, markersize=10.5,
-                markeredgecolor=SURFACE, markeredgewidth=1.2, elinewidth=1.4, capsize=0, zorder=5,
+                elinewidth=1.4, capsize=0, zorder=5, **_edge(model, colour),
             )  # fmt: skip
             means[name] = (x["mean"], y["mean"])
+            labels.append(Label(model["label"], colour, means[name], _reach(points, means[name])))
         ax.margins(0.09)
         if {"base", "naive"} <= means.keys():
             ax.axhline(means["base"][1], color=MUTED, linewidth=1, linestyle=(0, (1, 2.5)), zorder=1)
@@ -59,11 +61,9 @@ def trade_off_picture(summary: Mapping[str, Any]) -> str | None:
         probes = {probe["name"]: probe for probe in summary["probes"]}
         ax.set_xlabel(_axis_label(probes[task], "task"))
         ax.set_ylabel(_axis_label(probes[drift], "drift"))
-        _label_points(
-            made, ax, [(model["label"], series_colour(model["model"], names), means[model["model"]]) for model in shown]
-        )
+        label_points(made, ax, labels)
         words = "; ".join(
-            f"{m['label']}: task {number(means[m['model']][0])}, drift {number(means[m['model']][1])}" for m in shown
+            f"{label.text}: task {number(label.point[0])}, drift {number(label.point[1])}" for label in labels
         )
         return to_svg(made, "trade", f"{drift} against {task}, by model", f"Means. {words}.")
 
@@ -79,7 +79,7 @@ def curves_picture(records: Sequence[RunRecord], summary: Mapping[str, Any]) -> 
     if not by_model:
         return None
     order = [name for name in [*names, "detection"] if name in by_model]
-    with figure(7.4, 3.9) as (made, axes):
+    with figure(6.2, 3.6) as (made, axes):
         ax = axes[0, 0]
         ax.grid(visible=True, axis="y")
         ends = []
@@ -93,13 +93,13 @@ def curves_picture(records: Sequence[RunRecord], summary: Mapping[str, Any]) -> 
                     ax.plot(*zip(*curve, strict=True), color=colour, linewidth=0.8, alpha=0.25)
             mean = _mean_curve(curves)
             ax.plot(*zip(*mean, strict=True), color=colour, linewidth=1.8, linestyle=style)
-            ends.append((labels[name], colour, mean[-1]))
+            ends.append(Label(labels[name], colour, mean[-1]))
         if min(losses) > 0 and max(losses) > 30 * min(losses):
             _log_axis(ax.yaxis)
         ax.set_xlabel("optimizer step")
         ax.set_ylabel("training loss" + (" (log scale)" if ax.get_yscale() == "log" else ""))
-        _label_ends(made, ax, ends)
-        words = "; ".join(f"{label} ends at {number(point[1])}" for label, _, point in ends)
+        label_ends(made, ax, ends)
+        words = "; ".join(f"{end.text} ends at {number(end.point[1])}" for end in ends)
         return to_svg(made, "curves", "Training loss by step", f"{words}.")
 
 
@@ -113,9 +113,9 @@ def spectra_picture(rows: Sequence[Mapping[str, Any]]) -> str | None:
     largest = max(values, default=0.0)
     if not largest > 0:
         return None
-    columns = min(4, len(shown))
+    columns = min(3, len(shown))
     lines = -(-len(shown) // columns)
-    with figure(7.4, 0.4 + 2.6 * lines, lines, columns, sharey=True, sharex=True) as (made, axes):
+    with figure(6.2, 0.4 + 2.3 * lines, lines, columns, sharey=True, sharex=True) as (made, axes):
         for ax in axes.flat[len(shown) :]:
             ax.set_visible(False)
         for ax, (leaf, some) in zip(axes.flat, shown.items(), strict=False):
@@ -149,7 +149,7 @@ def shift_picture(summary: Mapping[str, Any]) -> str | None:
     if not shown:
         return None
     names = [model["model"] for model in summary["models"]]
-    with figure(7.4, 0.9 + 0.36 * len(shown)) as (made, axes):
+    with figure(6.2, 0.9 + 0.34 * len(shown)) as (made, axes):
         ax = axes[0, 0]
         ax.grid(visible=True, axis="x")
         ax.axvline(1, color=INK, linewidth=1)
@@ -168,11 +168,23 @@ def shift_picture(summary: Mapping[str, Any]) -> str | None:
         ax.set_ylim(len(shown) - 0.5, -0.5)
         ax.set_yticks(range(len(shown)), [model["label"] for model in shown])
         ax.tick_params(axis="y", length=0)
-        ax.set_xlabel("shift along the basis / shift along random directions (log scale)")
+        ax.set_xlabel("shift along the basis / along random directions (log)")
         words = "; ".join(f"{model['label']}: {number(model['shift']['ratio'])}" for model in shown)
         return to_svg(
             made, "shift", "Shift of the activations along the basis, relative to random directions", f"{words}."
         )
+
+
+def _reach(points: Sequence[tuple[float, float]], mean: tuple[float, float]) -> tuple[float, float]:
+    """How far the single points are from their mean at most."""
+    return max(abs(x - mean[0]) for x, _ in points), max(abs(y - mean[1]) for _, y in points)
+
+
+def _edge(model: Mapping[str, Any], colour: str) -> dict[str, Any]:
+    """The random control lies on naive if it does nothing: it is drawn hollow, so that both are seen."""
+    if model["basis"] == "random":
+        return {"markerfacecolor": "none", "markeredgecolor": colour, "markeredgewidth": 1.8}
+    return {"markeredgecolor": SURFACE, "markeredgewidth": 1.2}
 
 
 def _marker(name: str, names: Sequence[str]) -> str:
@@ -181,74 +193,12 @@ def _marker(name: str, names: Sequence[str]) -> str:
 
 
 def _axis_label(probe: Mapping[str, Any], role: str) -> str:
-    better = (probe["kind"] in ("loss", "kl")) == (role == "drift")
-    arrow = ("\N{RIGHTWARDS ARROW}" if better else "\N{LEFTWARDS ARROW}") if role == "task" else "lower"
-    if role == "drift":
+    if role == "task":
+        arrow = "\N{LEFTWARDS ARROW}" if probe["kind"] in ("loss", "kl") else "\N{RIGHTWARDS ARROW}"
+    else:
         arrow = "\N{UPWARDS ARROW}" if probe["kind"] == "loss" else "\N{DOWNWARDS ARROW}"
-    return f"{role}: {probe['name']}, {MEASURES[probe['kind']]}   ({arrow} better)"
-
-
-def _label_points(made: Any, ax: Any, labels: Sequence[tuple[str, str, tuple[float, float]]]) -> None:
-    """A name beside each mark, where it covers no other name or mark."""
-    made.canvas.draw()
-    renderer = made.canvas.get_renderer()
-    inside = ax.get_window_extent(renderer)
-    marks = [ax.transData.transform(point) for _, _, point in labels]
-    size = made.dpi / 72
-    taken: list[Any] = []
-    offsets = [
-        (dx * reach, dy * reach, side, edge)
-        for reach in (1, 1.8, 3, 4.5, 6)
-        for dx, dy, side, edge in (
-            (10, 0, "left", "center"), (-10, 0, "right", "center"), (0, 10, "center", "bottom"), (0, -10, "center", "top"),
-            (8, 8, "left", "bottom"), (-8, 8, "right", "bottom"), (8, -8, "left", "top"), (-8, -8, "right", "top"),
-        )
-    ]  # fmt: skip
-    for text, colour, point in labels:
-        best = None
-        for dx, dy, side, edge in offsets:
-            note = ax.annotate(
-                text, point, (dx, dy), textcoords="offset points", ha=side, va=edge, color=colour, fontweight="bold",
-                fontsize=10.5, zorder=6,
-            )  # fmt: skip
-            box = note.get_window_extent(renderer)
-            free = not any(box.overlaps(other) for other in taken)
-            clear = not any(
-                box.x0 - 7 * size < x < box.x1 + 7 * size and box.y0 - 5 * size < y < box.y1 + 5 * size
-                for x, y in marks
-            )
-            within = inside.x0 <= box.x0 and box.x1 <= inside.x1 and inside.y0 <= box.y0 and box.y1 <= inside.y1
-            if free and clear and within:
-                best = (note, box)
-                if math.hypot(dx, dy) > 25:
-                    note.arrow_patch = None
-                break
-            note.remove()
-        if best is None:
-            note = ax.annotate(
-                text, point, (10, 0), textcoords="offset points", va="center", color=colour, fontsize=10.5
-            )
-            best = (note, note.get_window_extent(renderer))
-        taken.append(best[1])
-
-
-def _label_ends(made: Any, ax: Any, ends: Sequence[tuple[str, str, tuple[float, float]]]) -> None:
-    """Names at the right ends of lines, pushed apart."""
-    made.canvas.draw()
-    height = 14 * made.dpi / 72
-    order = sorted(ends, key=lambda end: ax.transData.transform(end[2])[1])
-    wanted = [ax.transData.transform(point)[1] for _, _, point in order]
-    places: list[float] = []
-    for y in wanted:
-        places.append(max(y, places[-1] + height) if places else y)
-    excess = sum(places) / len(places) - sum(wanted) / len(wanted)
-    right = max(point[0] for _, _, point in ends)
-    for (text, colour, _), y in zip(order, places, strict=True):
-        value = ax.transData.inverted().transform((0, y - excess))[1]
-        ax.annotate(
-            text, (right, value), (8, 0), textcoords="offset points", va="center", color=colour, fontweight="bold",
-            annotation_clip=False,
-        )  # fmt: skip
+    name = role if probe["name"] == role else f"{role}: {probe['name']}"
+    return f"{name}, {MEASURES[probe['kind']]}   ({arrow} better)"
 
 
 def _log_axis(axis: Any) -> None:

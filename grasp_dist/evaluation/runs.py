@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,7 @@ def _curve(path: Path) -> list[tuple[int, float]]:
             curve.append((int(row["step"]), float(row["loss"])))
         except (ValueError, KeyError, TypeError):
             continue
-    return [(step, loss) for step, loss in curve if loss == loss]
+    return [(step, loss) for step, loss in curve if math.isfinite(loss)]
 
 
 def _spectra(adapter: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = ["Key", "bootstrap_interval", "compare", "higher_is_worse", "remaining_shares", "summarise"]
@@ -76,10 +76,12 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     valid = [row for row in rows if row["remaining"] is not None]
     if not valid:
         return None
-    remaining = _ratio_of_means(valid)
+    left = [row["arm"] - row["base"] for row in valid]
+    drift = [row["naive"] - row["base"] for row in valid]
+    remaining = sum(left) / sum(drift)
     cuts = [row["cut"] for row in valid]
     worst = max(valid, key=lambda row: row["remaining"])
-    low_high = bootstrap_interval(valid, _ratio_of_means)
+    low_high = bootstrap_interval([row["run"] for row in valid], left, drift)
     return {
         "n": len(valid),
         "undrifted": len(rows) - len(valid),
@@ -94,29 +96,23 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def bootstrap_interval(
-    rows: Sequence[Mapping[str, Any]], statistic: Callable[[Sequence[Mapping[str, Any]]], float]
+    runs: Sequence[str], numerator: Sequence[float], denominator: Sequence[float] | None = None
 ) -> list[float] | None:
-    """95 % percentile interval under resampling of runs, then of seeds within each (the two-stage cluster bootstrap of
-    Davison and Hinkley, 1997, section 3.8). None below three rows: two say nothing about spread. Fixed seed."""
-    if len(rows) < 3:
+    """95 % percentile interval of sum(numerator) / sum(denominator) (default: of the mean), one entry per run and seed.
+
+    Runs are resampled, then the seeds within each (the two-stage cluster bootstrap of Davison and Hinkley, 1997, section
+    3.8). None below three entries: two say nothing about spread. Fixed seed.
+    """
+    if len(runs) < 3:
         return None
     import numpy as np
 
-    by_run: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        by_run.setdefault(row["run"], []).append(row)
-    groups = list(by_run.values())
     generator = np.random.default_rng(0)
-    found = []
-    for _ in range(RESAMPLES):
-        drawn: list[Mapping[str, Any]] = []
-        for place in generator.integers(len(groups), size=len(groups)):
-            group = groups[place]
-            drawn += [group[i] for i in generator.integers(len(group), size=len(group))]
-        found.append(statistic(drawn))
-    low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    groups = [[place for place, run in enumerate(runs) if run == name] for name in dict.fromkeys(runs)]
+    drawn = generator.multinomial(len(groups), [1 / len(groups)] * len(groups), size=RESAMPLES)
+    times = np.zeros((RESAMPLES, len(runs)))
+    for group, count in zip(groups, drawn.T, strict=True):
+        times[:, group] = generator.multinomial(count * len(group), [1 / len(group)] * len(group))
+    below = times @ np.asarray([1.0] * len(runs) if denominator is None else denominator)
+    low, high = np.quantile(times @ np.asarray(numerator) / below, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return [float(low), float(high)]
-
-
-def _ratio_of_means(rows: Sequence[Mapping[str, Any]]) -> float:
-    return sum(row["arm"] - row["base"] for row in rows) / sum(row["naive"] - row["base"] for row in rows)

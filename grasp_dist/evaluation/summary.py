@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -40,7 +41,7 @@ def summarise_runs(
     order = sorted(entries, key=lambda name: {"base": 0, "naive": 1, "ablation": 3}.get(name, 2))
     values = {
         probe["name"]: {
-            model: {key: row["probes"][probe["name"]]["value"] for key, row in rows if probe["name"] in row["probes"]}
+            model: {key: value for key, row in rows if (value := _value(row, probe["name"])) is not None}
             for model, rows in entries.items()
         }
         for probe in probes
@@ -56,6 +57,7 @@ def summarise_runs(
         "drift": drift,
         "models": models,
         "detection": _detection(records),
+        "diverged": _diverged(records),
         "rows": [
             _row(record.name, row, [probe["name"] for probe in probes]) for record in records for row in record.models
         ],
@@ -146,17 +148,13 @@ def _task_change(name: str, task: str | None, values: dict[str, dict[str, dict[A
     if task is None or name in ("base", "naive") or "naive" not in values[task]:
         return None
     by_model = values[task]
-    rows = [
-        {"run": key[0], "seed": key[1], "x": value - by_model["naive"][key]}
-        for key, value in by_model[name].items()
-        if key in by_model["naive"]
-    ]
-    if not rows:
+    changes = {key: value - by_model["naive"][key] for key, value in by_model[name].items() if key in by_model["naive"]}
+    if not changes:
         return None
     gained = compare(remaining_shares(by_model.get("base", {}), by_model["naive"], by_model[name]))
     return {
-        "mean": statistics.fmean(row["x"] for row in rows),
-        "interval": bootstrap_interval(rows, lambda drawn: statistics.fmean(row["x"] for row in drawn)),
+        "mean": statistics.fmean(changes.values()),
+        "interval": bootstrap_interval([run for run, _ in changes], list(changes.values())),
         "share_of_gain": gained and gained["remaining"],
     }
 
@@ -201,14 +199,36 @@ def _detection(records: Sequence[RunRecord]) -> dict[str, Any]:
     }
 
 
+def _value(row: dict[str, Any], probe: str) -> float | None:
+    """A probe's value; None where it was not measured or is not finite."""
+    value = row["probes"].get(probe, {}).get("value")
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _diverged(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """Fine-tunes with a value that is not finite, which the means leave out."""
+    return [
+        {"run": record.name, "model": row["model"], "seed": row.get("seed")}
+        for record in records
+        for row in record.models
+        if any(_value(row, name) is None for name in row["probes"])
+    ]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _row(run: str, row: dict[str, Any], probes: list[str]) -> dict[str, Any]:
     measured = {name: row["probes"][name] for name in probes if name in row["probes"]}
     return {
         "run": run,
         "model": row["model"],
         "seed": row.get("seed"),
-        **{key: row.get(key) for key in ("method", "basis", "basis_rank", "residual", "final_loss", "seconds")},
-        "probes": {name: {k: v for k, v in found.items() if k != "rows"} for name, found in measured.items()},
+        **{
+            key: _finite(row.get(key)) for key in ("method", "basis", "basis_rank", "residual", "final_loss", "seconds")
+        },
+        "probes": {name: {k: _finite(v) for k, v in found.items() if k != "rows"} for name, found in measured.items()},
         "shift": (row.get("shift") or {}).get("pooled"),
     }
 
@@ -228,7 +248,7 @@ def _distinct_labels(models: list[dict[str, Any]]) -> None:
 
 
 def _numbers(entries: list[tuple[Key | str, dict[str, Any]]], name: str) -> list[float]:
-    return [float(row[name]) for _, row in entries if isinstance(row.get(name), (int, float))]
+    return [float(row[name]) for _, row in entries if isinstance(_finite(row.get(name)), (int, float))]
 
 
 def _mean(values: Sequence[float]) -> float | None:

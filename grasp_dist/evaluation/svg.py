@@ -44,7 +44,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **share
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "grasp",
         # Names from files are drawn as they are, never as formulas.
@@ -79,7 +79,7 @@ def figure(width: float, height: float, rows: int = 1, columns: int = 1, **share
 
 
 def to_svg(made: Figure, name: str, title: str, description: str) -> str:
-    """The figure as an inline <svg>. name: prefix of its ids, unique in the page; title, description: for screen readers."""
+    """The figure as an inline <svg>. name: unique prefix of its ids; title, description: for screen readers."""
     import matplotlib
 
     buffer = io.StringIO()

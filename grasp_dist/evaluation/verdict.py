@@ -61,6 +61,8 @@ def judge(summary: Mapping[str, Any]) -> Verdict:
         return Verdict(
             "void", "Nothing to compare", f"These runs lack {_join(lacking)}, so there is no effect to report."
         )
+    if lost := [name for name in ("base", "naive", arm["model"]) if drift not in models[name]["probes"]]:
+        return Verdict("void", "Nothing to compare", f"No finite value of {drift} was measured for {_join(lost)}.")
     base, naive = (models[name]["probes"][drift]["mean"] for name in ("base", "naive"))
     cut = arm["drift_cuts"].get(drift, {}).get("summary")
     if cut is None or abs(naive - base) < NO_DRIFT:
@@ -81,22 +83,23 @@ def _judge_effect(
     label = arm["label"]
     base, naive, now = (models[name]["probes"][drift]["mean"] for name in ("base", "naive", arm["model"]))
     left = cut["remaining"]
-    figures = f"{drift} {number(now)} against {number(naive)} naive and {number(base)} in the base"
+    what = "the drift" if drift == "drift" else f"the drift ({drift})"
+    figures = f"from {number(naive)} to {number(now)} (base {number(base)})"
     kept = _task_kept(summary, arm)
     if left > 1.05:
-        level, headline = "bad", f"{label} made the drift worse: {figures}."
+        level, headline = "bad", f"{label} made {what} worse, {figures}."
         verdict_label = "Drift made worse"
     elif left > PARTLY:
-        level, headline = "bad", f"{label} did not remove the drift: {figures}, {left:.0%} of it left."
+        level, headline = "bad", f"{label} did not remove {what}: {left:.0%} of it is left, {figures}."
         verdict_label = "Drift not removed"
     else:
-        times = f"cut the drift {cut['cut']:.1f}-fold" if cut["cut"] else "removed the drift altogether"
-        level, headline = "mixed", f"{label} {times}: {figures}."
+        times = f"cut {what} {cut['cut']:.1f}-fold" if cut["cut"] else f"removed {what} altogether"
+        level, headline = "mixed", f"{label} {times}, {figures}."
         verdict_label = "Drift removed" if left <= REMOVED else "Drift partly removed"
     if task is not None and kept is not None:
         means = [models[name]["probes"][task]["mean"] for name in (arm["model"], "naive")]
         words = "It kept the task" if kept else "It lost part of the task"
-        headline += f" {words}: {number(means[0])} against {number(means[1])}."
+        headline += f" {words}: {number(means[0])} against naive\N{RIGHT SINGLE QUOTATION MARK}s {number(means[1])}."
         verdict_label += ", task kept" if kept else ", task not kept"
         if (arm["task_change"]["share_of_gain"] or 0) < PARTLY and not kept:
             level = "bad"
@@ -108,10 +111,15 @@ def _judge_effect(
         notes.append(f"{cut['undrifted']} of the runs are left out of the cut, because naive did not drift there.")
     several = cut["n"] > 1
     if not several:
+        verdict_label += " (one seed)"
         notes.insert(
             0, "One fine-tune seed proves nothing: results of single seeds have reversed. Run at least two seeds."
         )
     met = left <= REMOVED and cut["worst_remaining"] <= WORST and left >= OVERSHOOT and bool(kept) and control[0]
+    gone = [f"seed {row['seed']} of {row['run']}" for row in summary["diverged"] if row["model"] == arm["model"]]
+    if gone:
+        level, verdict_label = "bad", "Diverged in part"
+        notes.insert(0, f"{label} diverged with {_join(gone)}, which the figures leave out.")
     if level == "mixed" and met and several:
         level = "good"
     return Verdict(level, verdict_label, headline, [note for note in notes if note])  # type: ignore[arg-type]
@@ -167,13 +175,13 @@ def _worst_note(summary: Mapping[str, Any], arm: Mapping[str, Any], cut: Mapping
     if interval:
         low, high = (f"{x:.1f}" if x else "no bound" for x in interval["cut"])
         spread = f" The 95 % bootstrap interval of the cut is {low} to {high}."
-    return f"In the worst of {cut['n']} runs ({where}) the drift was cut {size}.{spread}"
+    return f"In the worst of {cut['n']} fine-tunes ({where}) the drift was cut {size}.{spread}"
 
 
 def _other_notes(summary: Mapping[str, Any], models: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:
     drift, task = summary["drift"], summary["task"]
     notes = []
-    if (other := models.get("ablation")) and task is not None:
+    if (other := models.get("ablation")) and {drift, task} <= other["probes"].keys():
         values = " and ".join(f"{name} {number(other['probes'][name]['mean'])}" for name in (drift, task))
         notes.append(f"Ablating the same directions from the naive model's activations instead gives {values}.")
     steps = summary["detection"]["steps"]
@@ -184,7 +192,7 @@ def _other_notes(summary: Mapping[str, Any], models: Mapping[str, Any], arm: Map
         )
     if arm["residual"] is not None:
         notes.append(
-            f"The protected parts of the weights moved by at most {arm['residual']:.0e} of each weight's norm."
+            f"The protected parts of the weights moved by at most {number(arm['residual'])} of each weight's norm."
         )
     return notes
 

@@ -112,21 +112,29 @@ def save_model(
 
     with replace_folder(path, parallel) as target:
         target.write(lambda folder: _write_config(base, tokenizer, folder))
-        writer = _Writer()
+        writer = _Writer(_skeleton(base))
         for name, tensor in gather():
             target.write(lambda folder, name=name, tensor=tensor: writer.add(folder, name, tensor))  # type: ignore[misc]
         target.write(writer.finish)
 
 
 class _Writer:
-    """Collects tensors into files of limited size; names the files and writes the index when all are there."""
+    """Collects tensors, under the names and in the form of the architecture's checkpoints, into files of limited size;
+    names the files and writes the index when all are there."""
 
-    def __init__(self) -> None:
+    def __init__(self, skeleton: PreTrainedModel) -> None:
+        self._skeleton = skeleton
         self._pending: dict[str, Tensor] = {}
         self._bytes = self._total = 0
         self._parts: list[list[str]] = []
 
     def add(self, folder: Path, name: str, tensor: Tensor) -> None:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        for key, value in revert_weight_conversion(self._skeleton, {name: tensor}).items():
+            self._add(folder, key, value)
+
+    def _add(self, folder: Path, name: str, tensor: Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._bytes + size > _FILE_BYTES:
             self._flush(folder)
@@ -169,6 +177,12 @@ def _write_config(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | No
 def _plain_class(base: nn.Module) -> type:
     # fully_shard puts a class of its own in front.
     return next(kind for kind in type(base).__mro__ if not kind.__name__.startswith("FSDP"))
+
+
+def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
+    """The model without weights. Transformers looks its conversions up by class name, which `fully_shard` changes."""
+    with torch.device("meta"):
+        return _plain_class(base)(base.config)
 
 
 class _Source:
@@ -242,7 +256,7 @@ def _renaming(base: PreTrainedModel, known: set[str]) -> Callable[[str], str | N
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    transforms = get_model_conversion_mapping(base)
+    transforms = get_model_conversion_mapping(_skeleton(base))
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     places = dict.fromkeys(known, True)

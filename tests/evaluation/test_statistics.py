@@ -75,6 +75,15 @@ def test_units_without_a_partner_are_left_out():
 
 def test_bootstrap_resamples_runs_not_only_rows():
     """Within runs nothing varies: only resampling of runs can give an interval, and it reaches both of them."""
-    rows = [{"run": run, "x": x} for run, x in (("a", 0.0), ("b", 1.0)) for _ in range(8)]
-    low, high = bootstrap_interval(rows, lambda drawn: sum(row["x"] for row in drawn) / len(drawn))
-    assert (low, high) == (0.0, 1.0)
+    assert bootstrap_interval(["a"] * 8 + ["b"] * 8, [0.0] * 8 + [1.0] * 8) == [0.0, 1.0]
+
+
+def test_bootstrap_of_a_mean_is_about_two_standard_errors():
+    values = [float(i) for i in range(40)]
+    low, high = bootstrap_interval(["a"] * 40, values)
+    error = (sum((value - 19.5) ** 2 for value in values) / 40) ** 0.5 / 40**0.5
+    assert (low, high) == pytest.approx((19.5 - 1.96 * error, 19.5 + 1.96 * error), rel=0.03)
+
+
+def test_bootstrap_of_a_ratio_is_one_where_numerator_and_denominator_agree():
+    assert bootstrap_interval(["a", "a", "b"], [1.0, 2.0, 5.0], [1.0, 2.0, 5.0]) == pytest.approx([1, 1])
