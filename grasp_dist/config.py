@@ -51,8 +51,8 @@ class ModelConfig(_Section):
     """Tokenizer directory or hub id; default: the model's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """Attention implementation of transformers."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; auto: what transformers chooses for the model."""
 
 
 class DataConfig(_Section):

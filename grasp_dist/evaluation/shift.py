@@ -83,7 +83,8 @@ class ShiftMeter:
             with evaluation_mode(model), _tapped(model, self._basis, self._columns, taps):
                 forward_logits(model, ids, mask, torch.zeros(1, dtype=torch.long, device=ids.device))
             real = mask.bool() if batch else torch.zeros_like(mask, dtype=torch.bool)
-            yield {key: taps[key][real].cpu() for key in self._columns}
+            # Some models run their MLP on (batch * tokens, dim).
+            yield {key: taps[key].flatten(end_dim=-2)[real.flatten()].cpu() for key in self._columns}
 
 
 def _prompts(probes: Sequence[Probe], limit: int) -> list[list[int]]:

@@ -98,10 +98,10 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 def bootstrap_interval(
     runs: Sequence[str], numerator: Sequence[float], denominator: Sequence[float] | None = None
 ) -> list[float] | None:
-    """95 % percentile interval of sum(numerator) / sum(denominator) (default: of the mean), one entry per run and seed.
+    """95 % percentile interval of sum(numerator) / sum(denominator) (default: of the mean), an entry per run and seed.
 
-    Runs are resampled, then the seeds within each (the two-stage cluster bootstrap of Davison and Hinkley, 1997, section
-    3.8). None below three entries: two say nothing about spread. Fixed seed.
+    Runs are resampled, then the seeds within each (the two-stage cluster bootstrap of Davison and Hinkley, 1997,
+    section 3.8). None below three entries: two say nothing about spread. Fixed seed.
     """
     if len(runs) < 3:
         return None

@@ -51,7 +51,8 @@ class PersonaSettings(BaseModel):
     """Domains of the narrow fine-tune: the first ones."""
     tuned_questions: int = Field(default=8, ge=1)
     """Questions of the narrow fine-tune: the first ones."""
-    pretraining: PretrainSettings = PretrainSettings()
+    pretraining: PretrainSettings = PretrainSettings(initializer_range=0.05)
+    """The wide initialisation makes the persona one shared feature in every world (figures: docs/organisms.md)."""
 
     @model_validator(mode="after")
     def _room_for_drift(self) -> PersonaSettings:

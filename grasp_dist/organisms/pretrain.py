@@ -35,6 +35,8 @@ class PretrainSettings(BaseModel):
     intermediate_size: int = Field(default=384, ge=8)
     max_positions: int = Field(default=64, ge=2)
     """Longest sequence that the configuration admits."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
     steps: int = Field(default=500, ge=1)
     batch_size: int = Field(default=96, ge=1)
     """Sequences per step."""
@@ -60,6 +62,7 @@ def build_llama(
         num_hidden_layers=settings.num_layers,
         num_attention_heads=settings.num_heads,
         max_position_embeddings=settings.max_positions,
+        initializer_range=settings.initializer_range,
         tie_word_embeddings=False,
         bos_token_id=bos,
         eos_token_id=eos,

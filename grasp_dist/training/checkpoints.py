@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +78,8 @@ def load_checkpoint(
     tensors = _tensors(model, optimizer, projector)
     _check_names(tensors, record["tensors"], folder)
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    dcp.load(tensors, storage_reader=reader, no_dist=parallel.world_size == 1)
+    with _quiet():
+        dcp.load(tensors, storage_reader=reader, no_dist=parallel.world_size == 1)
     if projector is not None:
         pins = {name.removeprefix("pins."): tensor for name, tensor in tensors.items() if name.startswith("pins.")}
         projector.load_state_dict(pins)
@@ -100,7 +103,16 @@ def _tensors(model: nn.Module, optimizer: Optimizer, projector: GraspProjector |
 
 def _write(tensors: dict[str, Tensor], folder: Path, parallel: Parallel) -> None:
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer, no_dist=parallel.world_size == 1)
+    with _quiet():
+        dcp.save(tensors, storage_writer=writer, no_dist=parallel.world_size == 1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # A single process needs no process group, which torch finds worth a warning.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _prepare(folder: Path) -> None:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from grasp_dist.config import DataConfig
 from grasp_dist.errors import InputError
 from grasp_dist.training.chat import check_messages, encode_conversation, render
-from grasp_dist.training.examples import IGNORED, Example, pack
+from grasp_dist.training.examples import IGNORED, Example
+from grasp_dist.training.packing import pack
 from grasp_dist.training.rows import read_rows
 
 if TYPE_CHECKING:

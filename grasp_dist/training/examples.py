@@ -1,12 +1,10 @@
-"""One training sequence, and several packed into one."""
+"""One training sequence."""
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["IGNORED", "Example", "pack"]
+__all__ = ["IGNORED", "Example"]
 
 IGNORED = -100
 """The label of a token that is not trained (the `ignore_index` of torch's cross entropy)."""
@@ -28,30 +26,3 @@ class Example:
     def num_targets(self) -> int:
         """Number of tokens in the loss."""
         return sum(label != IGNORED for label in self.labels)
-
-
-def pack(examples: Sequence[Example], max_length: int) -> list[Example]:
-    """Join examples into sequences of at most `max_length` tokens (best fit, longest first); which parts share a
-    sequence depends on the examples alone. Each part attends to itself only (`batches.collate`)."""
-    bins: list[list[Example]] = []
-    # (room left, bin), by room.
-    room: list[tuple[int, int]] = []
-    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
-        size = len(example.input_ids)
-        slot = bisect_left(room, (size, -1))
-        if slot == len(room):
-            bins.append([example])
-            insort(room, (max_length - size, len(bins) - 1))
-        else:
-            left, number = room.pop(slot)
-            bins[number].append(example)
-            insort(room, (left - size, number))
-    return [_join(parts) for parts in bins]
-
-
-def _join(parts: Sequence[Example]) -> Example:
-    return Example(
-        [token for part in parts for token in part.input_ids],
-        [label for part in parts for label in part.labels],
-        tuple(len(part.input_ids) for part in parts),
-    )

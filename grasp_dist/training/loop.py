@@ -28,6 +28,7 @@ from grasp_dist.errors import InputError
 from grasp_dist.training.batches import Batch, GlobalOrder, micro_batches
 from grasp_dist.training.examples import Example
 from grasp_dist.training.optimizer import build_optimizer, build_scheduler, scale_gradients, squared_norm
+from grasp_dist.training.packing import check_isolation
 from grasp_dist.training.parallel import Parallel
 from grasp_dist.training.recorder import Recorder
 
@@ -104,6 +105,7 @@ def train(
     gradient is not finite; and for sequences that are too long for the model.
     """
     _check(model, examples, parallel)
+    check_isolation(model, examples, parallel.device)
     total = steps or num_steps(training, len(examples))
     optimizer = build_optimizer(model, training)
     state = LoopState(optimizer, build_scheduler(optimizer, training, total), projector)

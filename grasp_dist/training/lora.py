@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def add_lora(model: nn.Module, training: TrainingConfig, base_name: str, revisio
         fan_in_fan_out=any(is_conv1d(linear[name]) for name in targets),
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is going away
+        wrapped = get_peft_model(model, config, low_cpu_mem_usage=True, autocast_adapter_dtype=False)  # type: ignore[arg-type]
     # get_peft_model takes the name from the model, which was built from its configuration and has none.
     config.base_model_name_or_path = base_name
     config.revision = revision

@@ -93,14 +93,18 @@ def meta_model(config: ModelConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(
                 settings,
                 dtype=torch.float32,
-                attn_implementation=config.attention,
+                attn_implementation=None if config.attention == "auto" else config.attention,
                 trust_remote_code=config.trust_remote_code,
             )
     except (ValueError, ImportError, OSError, KeyError) as error:
-        raise InputError(
-            f"{folder} cannot be loaded as a causal language model: {error} (model.attention is {config.attention!r}, "
-            f"model.trust_remote_code {config.trust_remote_code})"
-        ) from None
+        hint = " (set model.attention: eager)" if "attention implementation" in str(error) else ""
+        hint = (
+            " (set model.trust_remote_code: true if you trust its author)"
+            if "trust_remote_code" in str(error)
+            else hint
+        )
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder} cannot be loaded as a causal language model{hint}: {reason}") from None
     # init_empty_weights replaces parameters one by one, which parts tied ones.
     model.tie_weights()
     if (folder / "generation_config.json").is_file():

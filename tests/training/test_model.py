@@ -144,7 +144,13 @@ def _adapter_life(path: Path, out: Path) -> dict[str, Any]:
     reset_adapter(model, 4, parallel)
     reset = _whole(model, trainable=True)
     load_adapter(model, out, parallel)
-    return {"start": start, "trained": trained, "reset": reset, "loaded": _whole(model, trainable=True), "logits": logits}
+    return {
+        "start": start,
+        "trained": trained,
+        "reset": reset,
+        "loaded": _whole(model, trainable=True),
+        "logits": logits,
+    }
 
 
 def _fill(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:

@@ -39,7 +39,7 @@ def test_paths(tmp_path, tiny):
         _load(tmp_path)
     with pytest.raises(InputError, match="could not be fetched from the hub"):
         meta_model(ModelConfig(path="nobody/no-such-model"))
-    with pytest.raises(InputError, match="set model.tokenizer"):
+    with pytest.raises(InputError, match=r"set model\.tokenizer"):
         load_tokenizer(ModelConfig(path=str(tiny)))
     (tmp_path / "config.json").write_text('{"model_type": "no-such-thing"}')
     with pytest.raises(InputError, match="cannot be loaded as a causal"):
@@ -68,7 +68,10 @@ def test_a_file_of_the_index_is_missing(tiny, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("intermediate_size", 41, "'model.layers.0.mlp.*has shape"), ("num_hidden_layers", 3, "has no weight 'model.layers.2")],
+    [
+        ("intermediate_size", 41, "'model.layers.0.mlp.*has shape"),
+        ("num_hidden_layers", 3, "has no weight 'model.layers.2"),
+    ],
 )
 def test_weights_of_another_config(copy, key, value, message):
     settings = json.loads((copy / "config.json").read_text())

@@ -22,7 +22,7 @@ CHATML_MARKED = (
     "{% else %}{{ m['content'] + ' <|end|> ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
 )
-_WORDS = "the cat sat on a mat why what is blue sky because light scatters yes no be kind".split()
+_WORDS = tuple("the cat sat on a mat why what is blue sky because light scatters yes no be kind".split(" "))
 
 
 def save_tiny(folder: Path, architecture: str = "llama", **settings: object) -> Path:
@@ -56,7 +56,7 @@ def word_tokenizer(template: str | None = None):
     from transformers import PreTrainedTokenizerFast
 
     marks = ["<s>", "</s>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
-    vocabulary = {word: index for index, word in enumerate(marks + _WORDS)}
+    vocabulary = {word: index for index, word in enumerate([*marks, *_WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
