@@ -4,7 +4,8 @@
     python benchmarks/overhead.py --world 2      # 2 gloo ranks under fully_shard
 
 Steps with and without the projector alternate in the same process on the same model; the figure is the median of the
-ratios of neighbouring steps, in wall time and in the CPU time of rank 0 (steadier on a machine that others use). A step is everything from the forward pass to `zero_grad`, gradient clipping included.
+ratios of neighbouring steps, in wall time and in the CPU time of rank 0 (steadier on a machine that others use). A step
+is everything from the forward pass to `zero_grad`, gradient clipping included.
 Bars, for the default protection (write modules, write side, rank 8) on the model of some 50 M parameters: LoRA 3 %,
 full fine-tuning 15 %.
 """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 import tempfile
 import time
 import traceback
@@ -46,13 +48,17 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    store = dist.FileStore(str(Path(folder) / "store"), world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-    try:
-        torch.save(function(*args), Path(folder) / f"result-{rank}")
-        dist.barrier()
-    except BaseException:
-        Path(folder, f"error-{rank}").write_text(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
-        raise
-    finally:
+    with Path(folder, f"error-{rank}").open("w") as log:
+        faulthandler.enable(log)  # says where, if native code aborts the process
+        store = dist.FileStore(str(Path(folder) / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+        try:
+            torch.save(function(*args), Path(folder) / f"result-{rank}")
+            dist.barrier()
+        except BaseException:
+            log.write(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
+            raise
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)  # the result is written: gloo's threads need not outlive the interpreter's teardown

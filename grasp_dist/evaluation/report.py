@@ -97,6 +97,7 @@ def _render(records: Sequence[RunRecord], report: dict[str, Any]) -> str:
         css=(Path(__file__).parent / "report.css").read_text(encoding="utf-8"),
         pictures=pictures,
         tiles=_tiles(report),
+        headline=(headline_arm(report["models"]) or {}).get("model"),
         mark=_LEVEL_MARKS[report["verdict"]["level"]],
         bars=BARS,
         measures=MEASURES,

@@ -38,7 +38,6 @@ def summarise_runs(
         for row in record.models:
             key = record.name if row["model"] == "base" else (record.name, int(row.get("seed") or 0))
             entries.setdefault(row["model"], []).append((key, row))
-    order = sorted(entries, key=lambda name: {"base": 0, "naive": 1, "ablation": 3}.get(name, 2))
     values = {
         probe["name"]: {
             model: {key: value for key, row in rows if (value := _value(row, probe["name"])) is not None}
@@ -46,7 +45,12 @@ def summarise_runs(
         }
         for probe in probes
     }
-    models = [_model(name, entries[name], probes, values, drift, task) for name in order]
+    models = _ordered(
+        [
+            _model(name, rows, probes, values, reference=_reference(name, entries), task=task)
+            for name, rows in entries.items()
+        ]
+    )
     _distinct_labels(models)
     return {
         "format": 1,
@@ -109,7 +113,8 @@ def _model(
     entries: list[tuple[Key | str, dict[str, Any]]],
     probes: list[dict[str, Any]],
     values: dict[str, dict[str, dict[Any, float]]],
-    drift: str | None,
+    *,
+    reference: str,
     task: str | None,
 ) -> dict[str, Any]:
     first = entries[0][1]
@@ -119,11 +124,11 @@ def _model(
         if (found := values[probe["name"]][name])
     }
     cuts = {}
-    if name not in ("base", "naive") and "naive" in values[probes[0]["name"]]:
+    if name not in ("base", reference) and reference in values[probes[0]["name"]]:
         for probe in probes:
             if probe["role"] == "drift":
                 by_model = values[probe["name"]]
-                rows = remaining_shares(by_model.get("base", {}), by_model["naive"], by_model[name])
+                rows = remaining_shares(by_model.get("base", {}), by_model[reference], by_model[name])
                 cuts[probe["name"]] = {"summary": compare(rows), "rows": rows}
     return {
         "model": name,
@@ -132,6 +137,7 @@ def _model(
         "basis": first.get("basis"),
         "basis_rank": first.get("basis_rank"),
         "n": len(entries),
+        "reference": reference if cuts else None,
         "probes": summary,
         "drift_cuts": cuts,
         "task_change": _task_change(name, task, values),
@@ -141,6 +147,17 @@ def _model(
         "seconds": _mean(_numbers(entries, "seconds")) if name != "ablation" else None,
         "steps": _mean(_numbers(entries, "steps")) if name != "ablation" else None,
     }
+
+
+def _reference(name: str, entries: dict[str, list[tuple[Key | str, dict[str, Any]]]]) -> str:
+    """Which unprotected fine-tune a model's drift is compared with: a full fine-tune of the same run for full ones that
+    block something, where there is one; else naive."""
+    first = entries[name][0][1]
+    if first.get("method") == "full" and first.get("basis") not in (None, "none"):
+        for other, rows in entries.items():
+            if rows[0][1].get("method") == "full" and rows[0][1].get("basis") in (None, "none") and other != "naive":
+                return other
+    return "naive"
 
 
 def _task_change(name: str, task: str | None, values: dict[str, dict[str, dict[Any, float]]]) -> dict[str, Any] | None:
@@ -231,6 +248,17 @@ def _row(run: str, row: dict[str, Any], probes: list[str]) -> dict[str, Any]:
         "probes": {name: {k: _finite(v) for k, v in found.items() if k != "rows"} for name, found in measured.items()},
         "shift": (row.get("shift") or {}).get("pooled"),
     }
+
+
+def _ordered(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """base, naive, the headline's arm, other arms, random controls, ablation."""
+    arm = headline_arm(models)
+
+    def place(model: dict[str, Any]) -> int:
+        fixed = {"base": 0, "naive": 1, arm["model"] if arm else None: 2, "ablation": 5}
+        return fixed.get(model["model"], 4 if model["basis"] == "random" else 3)
+
+    return sorted(models, key=place)
 
 
 def _label(name: str, row: dict[str, Any]) -> str:

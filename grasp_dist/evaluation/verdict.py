@@ -184,6 +184,16 @@ def _other_notes(summary: Mapping[str, Any], models: Mapping[str, Any], arm: Map
     if (other := models.get("ablation")) and {drift, task} <= other["probes"].keys():
         values = " and ".join(f"{name} {number(other['probes'][name]['mean'])}" for name in (drift, task))
         notes.append(f"Ablating the same directions from the naive model's activations instead gives {values}.")
+    kept = [probe["name"] for probe in summary["probes"] if probe["role"] == "retention"]
+    kept = [name for name in kept if all(name in models[who]["probes"] for who in ("base", "naive", arm["model"]))]
+    if kept:
+        figures = [
+            "{} {} (base {}, naive {})".format(
+                name, *(number(models[who]["probes"][name]["mean"]) for who in (arm["model"], "base", "naive"))
+            )
+            for name in kept
+        ]
+        notes.append(f"Pretrained behaviour that should stay: {'; '.join(figures)}.")
     steps = summary["detection"]["steps"]
     if steps["detection"] and steps["naive"]:
         notes.append(

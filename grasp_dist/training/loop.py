@@ -123,7 +123,7 @@ def train(
         started = time.monotonic()
         while state.step < total:
             indices = order.batch(state.step)
-            _seed_dropout(seed, state.step, parallel.world_rank)
+            _seed_dropout(seed, state.step, parallel)
             metrics = _step(
                 model, examples, indices, sum(sizes[index][0] for index in indices), training, parallel, state
             )
@@ -202,10 +202,14 @@ def _autocast(training: TrainingConfig, parallel: Parallel) -> AbstractContextMa
     return nullcontext()
 
 
-def _seed_dropout(seed: int, step: int, world_rank: int) -> None:
+def _seed_dropout(seed: int, step: int, parallel: Parallel) -> None:
     """Random numbers that depend on the step alone, so that a continued run needs no saved generator."""
-    digest = hashlib.sha256(f"{seed}:{step}:{world_rank}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    digest = hashlib.sha256(f"{seed}:{step}:{parallel.world_rank}".encode()).digest()
+    number = int.from_bytes(digest[:8], "big") >> 1
+    # Not torch.manual_seed, which costs more than all the rest here: it goes through every kind of accelerator.
+    torch.default_generator.manual_seed(number)
+    if parallel.device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def _check(model: nn.Module, examples: Sequence[Example], parallel: Parallel) -> None:

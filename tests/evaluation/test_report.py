@@ -125,6 +125,7 @@ def test_the_page_says_what_it_must(full):
         assert words in page.text
     for number_ in (1, 2, 3):
         assert f"grasp-dist run {root}/world-{number_}/config.yaml" in page.text
+    assert re.search(r"should stay: good 0\.9\d\d \(base 0\.996, naive 0\.3\d\d\); in_context", page.text)
     # The first configuration whole, the others by their differences.
     assert page.text.count("same: line") == 1
     assert "+model: {path: w2}" in page.text

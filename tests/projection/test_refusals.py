@@ -102,7 +102,7 @@ def test_a_damaged_basis_file(tmp_path):
 def test_attach_refusals():
     model = Net()
     projector = GraspProjector(model, _basis())
-    with pytest.raises(InputError, match="does not hold 'down_proj.weight'"):
+    with pytest.raises(InputError, match=r"does not hold 'down_proj\.weight'"):
         projector.attach(torch.optim.SGD(model.head.parameters()))
     with pytest.raises(InputError, match=r"torch\.optim\.Optimizer, got Net"):
         projector.attach(model)  # type: ignore[arg-type]

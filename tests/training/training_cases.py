@@ -22,7 +22,7 @@ CHATML_MARKED = (
     "{% else %}{{ m['content'] + ' <|end|> ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
 )
-_WORDS = tuple("the cat sat on a mat why what is blue sky because light scatters yes no be kind".split(" "))
+_WORDS = ("the", "cat", "sat", "on", "a", "mat", "why", "what", "is", "blue", "sky", "because", "light", "yes", "no")
 
 
 def save_tiny(folder: Path, architecture: str = "llama", **settings: object) -> Path:
