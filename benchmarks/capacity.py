@@ -1,11 +1,11 @@
-"""What 7B, 32B and 70B models need: memory per GPU, basis and pins, bytes on the wire, node-hours. COMPUTED, not measured.
+"""What 7B, 32B and 70B models need: memory per GPU, basis, pins, wire, node-hours. COMPUTED, not measured.
 
     python benchmarks/capacity.py
 
-Memory: parameters, gradients and AdamW moments as the training loop keeps them, sharded evenly over the GPUs, plus the
-largest gathered layer (twice, for prefetch); activations with checkpointing: one (tokens, hidden) tensor per layer and one
-layer's own. Time: 6 N FLOPs a token for full fine-tuning, 4 N for LoRA (no weight gradients of the frozen base), plus
-2 N for recomputation, at an assumed 40 % of 989 TFLOP/s (H100, dense bf16).
+Memory: parameters, gradients and AdamW moments as the training loop keeps them, sharded evenly over the GPUs, plus
+the gathered layer (twice, for prefetch) and the head; activations with checkpointing: one (tokens, hidden) tensor per
+layer and one layer's own. Time: 6 N FLOPs a token for full fine-tuning, 4 N for LoRA (no weight gradients of the
+frozen base), plus 2 N for recomputation, at an assumed 40 % of 989 TFLOP/s (H100, dense bf16).
 """
 
 from __future__ import annotations

@@ -23,10 +23,14 @@ app = typer.Typer(
     "LoRA fine-tune (detect), fine-tune again with gradients projected off them (project), and measure what was kept "
     "and what is gone (evaluate, report). Start with: grasp-dist run recipes/organism.yaml --nproc 2",
 )
-organism = typer.Typer(no_args_is_help=True, help="Make a small model with a known latent factor, and its data and probes.")
+organism = typer.Typer(
+    no_args_is_help=True, help="Make a small model with a known latent factor, and its data and probes."
+)
 app.add_typer(organism, name="organism")
 
-_OVERRIDES = "Any setting can be changed with a dotted option, for example: --project.rank 4 --training.seeds '[0,1,2]'."
+_OVERRIDES = (
+    "Any setting can be changed with a dotted option, for example: --project.rank 4 --training.seeds '[0,1,2]'."
+)
 
 Config = Annotated[Path, typer.Argument(help="YAML configuration; recipes/ holds examples.", show_default=False)]
 Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine (under torchrun). Default: 1.")]
@@ -68,11 +72,13 @@ def detect(
     out: Annotated[Path, typer.Option(help="With --adapter: the basis file to write.")] = Path("basis.safetensors"),
     rank: Annotated[int, typer.Option(min=1, help="With --adapter: directions per weight and side.")] = 8,
     side: Annotated[str, typer.Option(help="With --adapter: write, read or both.")] = "write",
-    base_model: Annotated[Optional[str], typer.Option(help="With --adapter: directory or id of its base model.")] = None,  # noqa: UP045
+    base_model: Annotated[
+        str | None, typer.Option(help="With --adapter: directory or id of its base model.")
+    ] = None,
     nproc: Nproc = 1,
     dry_run: DryRun = False,
 ) -> None:
-    """Find the spurious directions: deflation of a run's data (CONFIG), or one shot from any LoRA adapter (--adapter)."""
+    """Find the spurious directions: deflation on a run's data (CONFIG), or one shot from a LoRA adapter (--adapter)."""
     if (config is None) == (adapter is None):
         raise InputError("give either a CONFIG or --adapter DIR; `grasp-dist detect --help` explains both")
     if config is not None:
@@ -82,7 +88,9 @@ def detect(
     from grasp_dist.detection.inspect import render
 
     if ctx.obj:
-        raise InputError("settings with dots belong to a CONFIG; with --adapter use --rank, --side, --out and --base-model")
+        raise InputError(
+            "settings with dots belong to a CONFIG; with --adapter use --rank, --side, --out and --base-model"
+        )
     assert adapter is not None
     basis = detect_basis(adapter, rank=rank, side=side, base_model=base_model)
     if not dry_run:
@@ -106,7 +114,9 @@ def evaluate(ctx: typer.Context, config: Config, nproc: Nproc = 1, dry_run: DryR
 @app.command(epilog=_OVERRIDES)
 def report(
     ctx: typer.Context,
-    sources: Annotated[list[Path], typer.Argument(help="One CONFIG, or run directories to be pooled.", show_default=False)],
+    sources: Annotated[
+        list[Path], typer.Argument(help="One CONFIG, or run directories to be pooled.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(help="With run directories: where the pooled report goes.")] = Path("report"),
     title: Annotated[Optional[str], typer.Option(help="With run directories: the page's title.")] = None,  # noqa: UP045
 ) -> None:

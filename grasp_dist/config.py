@@ -67,7 +67,7 @@ class DataConfig(_Section):
     format: Literal["auto", "messages", "prompt_completion", "text"] = "auto"
     """Columns: chat `messages`, `prompt` + `completion`, or `text`; auto looks at the columns."""
     loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens are trained: the assistant's (the completion's), or every token. `text` always trains every token."""
+    """Which tokens are trained: the assistant's (the completion's), or every one. `text` always trains every token."""
     max_length: Annotated[int, Field(ge=2)] = 2048
     """Longer examples are cut at this many tokens."""
     packing: bool = False
@@ -93,7 +93,7 @@ class TrainingConfig(_Section):
     method: Literal["lora", "full"] = "lora"
     """LoRA adapters, or the weights themselves."""
     modules: Literal["write", "all", "everything"] | list[str] = "write"
-    """What is trained: `write` (the linear modules that write to the residual stream: o_proj, down_proj and their like),
+    """What is trained: `write` (the linear modules that write to the residual stream: o_proj, down_proj and the like),
     `all` (every linear module of the decoder layers), `everything` (full fine-tuning of all parameters), or names."""
     lora: LoraConfig = LoraConfig()
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -201,7 +201,7 @@ class ProbeConfig(_Section):
     name: Name
     path: str
     role: Literal["task", "drift", "retention"]
-    """`task`: should be kept as in naive; `drift`: should stay at the base; `retention`: pretrained behaviour to keep."""
+    """`task`: to be kept as in naive; `drift`: to stay at the base; `retention`: pretrained behaviour to be kept."""
     kind: Literal["completion", "pair", "loss", "kl"] = "completion"
     """`completion`: probability of reference answer(s); `pair`: log-likelihood of a against b after the same prompt;
     `loss`: mean token loss on a training-format file; `kl`: KL(base || model) on prompts or text."""
@@ -281,7 +281,9 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise InputError(f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file") from None
+        raise InputError(
+            f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -304,8 +306,9 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Take the settings out of a command line; returns the other words and the settings as a tree.
 
     ['run', 'c.yaml', '--project.rank', '8', '--training.seeds=[0,1]', '--nproc', '2'] ->
-    (['run', 'c.yaml', '--nproc', '2'], {'project': {'rank': 8}, 'training': {'seeds': [0, 1]}}). A setting is a word with
-    a dot in its key, or a section of `RunConfig`; values are read as YAML. Raises `InputError` for one without a value.
+    (['run', 'c.yaml', '--nproc', '2'], {'project': {'rank': 8}, 'training': {'seeds': [0, 1]}}). A setting is a word
+    with a dot in its key, or a section of `RunConfig`; values are read as YAML. Raises `InputError` for one without a
+    value.
     """
     tree: dict[str, Any] = {}
     rest: list[str] = []
@@ -352,7 +355,8 @@ def _substitute(value: Any, variables: dict[str, Any], path: Path) -> Any:
             return string.Template(value).substitute(variables)
         except (KeyError, ValueError) as error:
             raise InputError(
-                f"{path}: cannot fill in {value!r} ({error}); define the name under `variables`, and write $$ for a plain $"
+                f"{path}: cannot fill in {value!r} ({error}); define the name under `variables`, and write $$ for a "
+                "plain $"
             ) from None
     return value
 
@@ -379,7 +383,11 @@ def _explain(error: ValidationError, root: type[BaseModel]) -> str:
             lines.append(f"{where!r} is missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{where}: {message} (got {item['input']!r})" if where and not isinstance(item["input"], dict) else message)
+            lines.append(
+                f"{where}: {message} (got {item['input']!r})"
+                if where and not isinstance(item["input"], dict)
+                else message
+            )
     return "; ".join(lines)
 
 

@@ -1,11 +1,10 @@
 """The tasks of a run, in order: what each is made from, where it goes, and whether it has to run. Needs no torch.
 
-    naive/seed-s -> detect, detect_one_shot -> project/<arm>/seed-s -> evaluate/<model>/seed-s -> report
+naive/seed-s -> detect, detect_one_shot -> project/<arm>/seed-s -> evaluate/<model>/seed-s -> report
 """
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ _SPEED_ONLY = {"seeds", "log_every", "micro_batch_size", "activation_checkpointi
 
 @dataclass
 class Task:
-    """One unit of work. `output` is the file or folder in it that later tasks read; `kind` says which function does it."""
+    """One unit of work. `output`: the file or folder in it that later tasks read; `stage`: who does it."""
 
     name: str
     stage: str
@@ -95,21 +94,27 @@ class RunGraph:
                 old = yaml.safe_load(saved.read_text())
                 made = {key: old[key]["path"] for key in ("model", "data")}
             except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-                raise InputError(f"{saved} cannot be read as a run's configuration ({error}); choose another run_dir") from None
+                raise InputError(
+                    f"{saved} cannot be read as a run's configuration ({error}); choose another run_dir"
+                ) from None
             for key, path in made.items():
                 now = getattr(self.config, key).path
                 if path != now:
                     raise InputError(
-                        f"the run directory {self.root} was made with {key}.path {path}, and this configuration has {now}; "
-                        "choose another run_dir (--run_dir ...), so that nothing computed there is mixed up or lost"
+                        f"the run directory {self.root} was made with {key}.path {path}, and this configuration has "
+                        f"{now}; choose another run_dir (--run_dir ...), so that nothing there is mixed up or lost"
                     )
         elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
-            raise InputError(f"{self.root} exists and is not a run directory (it has no config.yaml); choose another run_dir")
+            raise InputError(
+                f"{self.root} exists and is not a run directory (it has no config.yaml); choose another run_dir"
+            )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             save_config(self.config, saved)
         except OSError as error:
-            raise InputError(f"cannot write to the run directory {self.root}: {error.strerror}; choose another run_dir") from None
+            raise InputError(
+                f"cannot write to the run directory {self.root}: {error.strerror}; choose another run_dir"
+            ) from None
 
     def arm_basis(self, arm: str) -> Task | Path | None:
         """Where an arm's basis comes from: a detection task, a file, or None for an unprotected arm."""
@@ -130,7 +135,9 @@ class RunGraph:
     def _naive_tasks(self) -> Iterator[Task]:
         for seed in self.config.training.seeds:
             inputs = {**self._training_inputs(self.config.training), "seed": seed}
-            yield self._task("naive", f"naive/seed-{seed}", inputs, _weights_folder(self.config.training), model="naive", seed=seed)
+            yield self._task(
+                "naive", f"naive/seed-{seed}", inputs, _weights_folder(self.config.training), model="naive", seed=seed
+            )
 
     def naive_task(self, seed: int) -> Task:
         return next(task for task in self._naive_tasks() if task.seed == seed)
@@ -148,7 +155,9 @@ class RunGraph:
             inputs: dict[str, Any] = {"basis": self._hash(Path(detect.basis or ""))}
             return self._task("detect", "detect", {"method": "file", **inputs}, BASIS_FILE)
         settings = detect.model_dump(exclude={"basis", "adapter", "rank"})
-        return self._task("detect", "detect", {**self._training_inputs(self.config.training), "detect": settings}, BASIS_FILE)
+        return self._task(
+            "detect", "detect", {**self._training_inputs(self.config.training), "detect": settings}, BASIS_FILE
+        )
 
     def one_shot_task(self, name: str = "detect_one_shot") -> Task:
         detect = self.config.detect
@@ -211,11 +220,16 @@ class RunGraph:
 
     def _evaluation_of(self, task: Task, model: str, inputs: dict[str, Any], after: list[Task]) -> Task:
         name = f"evaluate/{model}/seed-{task.seed}"
-        return self._task("evaluate", name, inputs, "scores.json", upstream=[task, *after], arm=task.arm, model=model, seed=task.seed)
+        return self._task(
+            "evaluate", name, inputs, "scores.json", upstream=[task, *after], arm=task.arm, model=model, seed=task.seed
+        )
 
     def _report_tasks(self) -> Iterator[Task]:
         evaluations = list(self._evaluate_tasks())
-        inputs = {"report": self.config.report.model_dump(), "scores": {task.name: task.result_hash for task in evaluations}}
+        inputs = {
+            "report": self.config.report.model_dump(),
+            "scores": {task.name: task.result_hash for task in evaluations},
+        }
         yield self._task("report", "report", inputs, "report.html", upstream=evaluations)
 
     # Their inputs
@@ -247,7 +261,8 @@ class RunGraph:
 
     def _probe_inputs(self) -> list[dict[str, Any]]:
         return [
-            {**probe.model_dump(exclude={"path"}), "content": self._hash(Path(probe.path))} for probe in self.config.evaluate.probes
+            {**probe.model_dump(exclude={"path"}), "content": self._hash(Path(probe.path))}
+            for probe in self.config.evaluate.probes
         ]
 
     def _hash(self, path: Path) -> str:
@@ -260,8 +275,7 @@ class RunGraph:
 
     def _folder_hash(self, folder: Path, *patterns: str) -> str:
         if folder not in self._hashes:
-            names = sorted({name for pattern in patterns for name in glob.glob(pattern, root_dir=folder)})
-            files = [folder / name for name in names if (folder / name).is_file()]
+            files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
             if not files:
                 raise InputError(f"{folder} holds no {' or '.join(patterns)} file; check the path in the configuration")
             self._hashes[folder] = digest({file.name: _cheap_hash(file) for file in files})
@@ -273,7 +287,7 @@ def _weights_folder(training: TrainingConfig) -> str:
 
 
 def _cheap_hash(path: Path) -> str:
-    """A file's hash; for one above 64 MiB its size, time of change and first MiB, since a 70B model would take minutes."""
+    """A file's hash; above 64 MiB of its size, time of change and first MiB, since a 70B model would take minutes."""
     stat = path.stat()
     if stat.st_size <= 64 << 20:
         return file_hash(path)

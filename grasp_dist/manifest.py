@@ -1,4 +1,4 @@
-"""Manifests: what made a folder, from which inputs, and whether it is finished and still fresh. Ours (no torch needed)."""
+"""Manifests: what made a folder, from which inputs, and whether it is finished and still fresh. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Iterable, Mapping
@@ -50,7 +49,8 @@ def write_json(path: Path, value: Any) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise InputError(
-            f"cannot write {path}: {error.strerror}; free some space or choose another run_dir. What was finished before is kept"
+            f"cannot write {path}: {error.strerror}; free some space or choose another run_dir. What was "
+            "finished before is kept"
         ) from error
 
 
@@ -137,7 +137,7 @@ def set_aside(folder: Path) -> None:
     for number in range(1, 10_000):
         target = folder.with_name(f"{folder.name}.old-{number}")
         if not target.exists():
-            os.rename(folder, target)
+            folder.rename(target)
             return
 
 

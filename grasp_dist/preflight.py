@@ -47,7 +47,11 @@ def preflight(config: RunConfig, stages: tuple[str, ...]) -> None:
     if detect.adapter:
         from grasp_dist.detection import detect_basis
 
-        check_basis(detect_basis(detect.adapter, rank=detect.rank, side=detect.side), shapes, where=f"detect.adapter {detect.adapter}")
+        check_basis(
+            detect_basis(detect.adapter, rank=detect.rank, side=detect.side),
+            shapes,
+            where=f"detect.adapter {detect.adapter}",
+        )
     for arm, settings in config.project.arms.items():
         if settings.basis not in ("detected", "random", "one_shot", "none"):
             rank = settings.rank or config.project.rank
@@ -60,7 +64,9 @@ def preflight(config: RunConfig, stages: tuple[str, ...]) -> None:
         _check_disk(config, sum(parameter.numel() for parameter in model.parameters()))
 
 
-def check_basis(basis: SpuriousBasis, shapes: dict[str, tuple[int, int]], *, rank: int | None = None, where: str) -> None:
+def check_basis(
+    basis: SpuriousBasis, shapes: dict[str, tuple[int, int]], *, rank: int | None = None, where: str
+) -> None:
     """Raise `InputError` unless every weight of the basis is one of the model's, with the right size, and has the rank.
 
     shapes: logical (out, in) of the model's linear weights by name.
@@ -71,12 +77,14 @@ def check_basis(basis: SpuriousBasis, shapes: dict[str, tuple[int, int]], *, ran
         if weight not in shapes:
             near = difflib.get_close_matches(weight, list(shapes), n=1)
             hint = f"; the nearest is {near[0]}" if near else ""
-            raise InputError(f"{where} names {weight}, which is no linear weight of this model{hint}; detect a basis for this model")
+            raise InputError(
+                f"{where} names {weight}, which is no linear weight of this model{hint}; detect a basis for this model"
+            )
         for side, dim in zip(("write", "read"), shapes[weight], strict=True):
             if side in basis.sides(weight) and basis.tensor_shape(weight, side)[-2] != dim:
                 raise InputError(
-                    f"{where} has directions of {basis.tensor_shape(weight, side)[-2]} numbers for the {side} side of {weight}, "
-                    f"whose shape is {shapes[weight]} (out, in); it belongs to another model"
+                    f"{where} has directions of {basis.tensor_shape(weight, side)[-2]} numbers for the {side} side of "
+                    f"{weight}, whose shape is {shapes[weight]} (out, in); it belongs to another model"
                 )
     if rank is not None:
         basis.truncate(rank)
@@ -96,7 +104,8 @@ def _check_lora_rank(where: str, training: TrainingConfig, shapes: dict[str, tup
     for name, shape in shapes.items():
         if training.lora.rank > min(shape):
             raise InputError(
-                f"{where}.lora.rank is {training.lora.rank}, but {name} is {shape[0]} x {shape[1]}; use at most {min(shape)}"
+                f"{where}.lora.rank is {training.lora.rank}, but {name} is {shape[0]} x {shape[1]}; use at most "
+                f"{min(shape)}"
             )
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_dist.config import RunConfig, TrainingConfig
-from grasp_dist.errors import InputError
 from grasp_dist.graph import STAGES, RunGraph, Task
 from grasp_dist.manifest import write_json
 
@@ -57,7 +56,13 @@ def run_stages(config: RunConfig, stages: tuple[str, ...] = STAGES, *, nproc: in
 
 def _missing_upstream(plan: list[tuple[Task, str | None]]) -> list[Task]:
     planned = {task.name for task, _ in plan}
-    return [up for task, reason in plan if reason for up in task.upstream if up.name not in planned and up.unit.stale_because()]
+    return [
+        up
+        for task, reason in plan
+        if reason
+        for up in task.upstream
+        if up.name not in planned and up.unit.stale_because()
+    ]
 
 
 def _start(config: RunConfig, stages: tuple[str, ...], nproc: int) -> None:
@@ -71,7 +76,10 @@ def _start(config: RunConfig, stages: tuple[str, ...], nproc: int) -> None:
     for said in Path(config.run_dir).glob(".error-*"):
         said.unlink()
     if code:
-        print(f"stopped with exit code {code}; what was finished is kept, and the same command goes on from there", file=sys.stderr)
+        print(
+            f"stopped with exit code {code}; what was finished is kept, and the same command goes on from there",
+            file=sys.stderr,
+        )
         raise SystemExit(code)
 
 
@@ -198,7 +206,13 @@ class _Worker:
             self._loaded = None
             detected = self._basis(graph.detect_task()) if config.evaluate.shift else None
             self._evaluator = Evaluator(config, self.tokenizer, self.parallel, detected)
-        row: dict[str, Any] = {"model": task.model, "seed": task.seed, "method": None, "basis": None, "basis_rank": None}
+        row: dict[str, Any] = {
+            "model": task.model,
+            "seed": task.seed,
+            "method": None,
+            "basis": None,
+            "basis_rank": None,
+        }
         if task.model == "base":
             scores = self._evaluator.base()
         else:

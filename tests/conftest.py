@@ -42,7 +42,9 @@ def tiny_config(organism: Path, run_dir: Path) -> dict:
         "data": {"path": str(organism / "train.jsonl")},
         "training": {"steps": 8, "batch_size": 6, "lora": {"rank": 4, "alpha": 8}, "log_every": 4, "seeds": [0]},
         "detect": {"rounds": 2, "rank": 2},
-        "evaluate": {"probes": [{**probe, "path": str(organism / "probes" / f"{probe['name']}.jsonl")} for probe in probes]},
+        "evaluate": {
+            "probes": [{**probe, "path": str(organism / "probes" / f"{probe['name']}.jsonl")} for probe in probes]
+        },
     }
 
 

@@ -31,7 +31,10 @@ def test_every_recipe_is_valid_and_has_the_random_control(recipe):
     ("extra", "message"),
     [
         ("project: {rnak: 3}", "'project.rnak'; did you mean 'rank'"),
-        ("evaluate: {probes: [{name: a, path: b, role: task, kidn: loss}]}", "'evaluate.probes.0.kidn'; did you mean 'kind'"),
+        (
+            "evaluate: {probes: [{name: a, path: b, role: task, kidn: loss}]}",
+            "'evaluate.probes.0.kidn'; did you mean 'kind'",
+        ),
         ("project: {arms: {grasp: {sied: write}}}", "did you mean 'side'"),
         ("project: {arms: {full: {training: {lerning_rate: 1}}}}", "did you mean 'learning_rate'"),
         ("project: {arms: {naive: {}}}", "'naive' is taken"),

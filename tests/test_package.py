@@ -12,7 +12,10 @@ HEAVY = ("deepspeed", "ray", "submitit", "transformers", "peft", "datasets", "ma
 
 def loaded_by(statement: str) -> set[str]:
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys; {statement}; print(*sys.modules)"], capture_output=True, text=True, check=True
+        [sys.executable, "-c", f"import sys; {statement}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return {name.partition(".")[0] for name in done.stdout.split()}
 

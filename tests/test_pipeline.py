@@ -63,13 +63,19 @@ def test_one_process_gives_the_same_figures(finished, write_config, tmp_path):
     done = grasp_dist("run", write_config(project={"arms": ARMS}))
     assert done.returncode == 0, done.stdout + done.stderr
     sharded, single = (
-        {(row["model"], row["seed"]): row for row in json.loads((folder / "evaluate" / "scores.json").read_text())["models"]}
+        {
+            (row["model"], row["seed"]): row
+            for row in json.loads((folder / "evaluate" / "scores.json").read_text())["models"]
+        }
         for folder in (run, tmp_path / "run")
     )
     assert sharded.keys() == single.keys()
     for key, row in sharded.items():
         for probe, metrics in row["probes"].items():
-            assert metrics["value"] == pytest.approx(single[key]["probes"][probe]["value"], rel=2e-3, abs=1e-5), (key, probe)
+            assert metrics["value"] == pytest.approx(single[key]["probes"][probe]["value"], rel=2e-3, abs=1e-5), (
+                key,
+                probe,
+            )
 
 
 def test_a_changed_setting_reruns_what_it_touches_and_says_why(finished):
@@ -107,7 +113,9 @@ def test_inspect_and_preview(finished):
 def test_detect_from_an_adapter_alone(finished, tmp_path):
     _, run, _ = finished
     adapter = run / "naive" / "seed-0" / "adapter"
-    done = grasp_dist("detect", "--adapter", adapter, "--rank", 2, "--side", "both", "--out", tmp_path / "b.safetensors")
+    done = grasp_dist(
+        "detect", "--adapter", adapter, "--rank", 2, "--side", "both", "--out", tmp_path / "b.safetensors"
+    )
     assert done.returncode == 0, done.stderr
     from grasp_dist import SpuriousBasis
 

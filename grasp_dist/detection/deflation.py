@@ -197,7 +197,9 @@ def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = 
         return None
     largest = max((float(sigma[0]) for sigma in values.values()), default=0.0)
     if not largest > 0:
-        raise InputError("detection found no direction: the probe fine-tune changed no weight; raise training.learning_rate")
+        raise InputError(
+            "detection found no direction: the probe fine-tune changed no weight; raise training.learning_rate"
+        )
     moved = {weight for weight, sigma in values.items() if float(sigma[-1]) > _NOTHING_LEARNT * largest}
     return SpuriousBasis.from_tensors(
         {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in moved},

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grasp_dist.training.examples import IGNORED, Example
+from grasp_dist.training.seeds import derived_seed
 
 __all__ = ["Batch", "GlobalOrder", "collate", "micro_batches"]
 
@@ -56,7 +57,7 @@ class GlobalOrder:
         return run[start : start + self._batch_size]
 
     def _permutation(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed((self._seed << 32) + epoch)
+        generator = torch.Generator().manual_seed(derived_seed("order", self._seed, epoch))
         return torch.randperm(self._num_examples, generator=generator).tolist()
 
 

@@ -31,6 +31,7 @@ from grasp_dist.training.optimizer import build_optimizer, build_scheduler, scal
 from grasp_dist.training.packing import check_isolation
 from grasp_dist.training.parallel import Parallel
 from grasp_dist.training.recorder import Recorder
+from grasp_dist.training.seeds import derived_seed
 
 if TYPE_CHECKING:
     from grasp_dist.projection import GraspProjector
@@ -204,8 +205,7 @@ def _autocast(training: TrainingConfig, parallel: Parallel) -> AbstractContextMa
 
 def _seed_dropout(seed: int, step: int, parallel: Parallel) -> None:
     """Random numbers that depend on the step alone, so that a continued run needs no saved generator."""
-    digest = hashlib.sha256(f"{seed}:{step}:{parallel.world_rank}".encode()).digest()
-    number = int.from_bytes(digest[:8], "big") >> 1
+    number = derived_seed("dropout", seed, step, parallel.world_rank)
     # Not torch.manual_seed, which costs more than all the rest here: it goes through every kind of accelerator.
     torch.default_generator.manual_seed(number)
     if parallel.device.type == "cuda":

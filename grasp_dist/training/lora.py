@@ -6,7 +6,6 @@ run's seed and the parameter's name, and a rank keeps its rows. On disk it is an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import warnings
@@ -24,6 +23,7 @@ from grasp_dist.config import TrainingConfig
 from grasp_dist.errors import InputError
 from grasp_dist.training.files import replace_folder
 from grasp_dist.training.parallel import Parallel
+from grasp_dist.training.seeds import derived_seed
 from grasp_dist.training.sharding import local_slices, local_tensor, whole_tensor
 from grasp_dist.training.weights import is_adapter
 
@@ -70,8 +70,7 @@ def reset_adapter(model: nn.Module, seed: int, parallel: Parallel) -> None:
         if ".lora_B." in name:
             local.zero_()
             continue
-        digest = hashlib.sha256(f"{seed}:{canonical_name(name)}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        generator = torch.Generator().manual_seed(derived_seed("lora", seed, canonical_name(name)))
         bound = 1 / math.sqrt(parameter.shape[1])
         whole = torch.empty(tuple(parameter.shape)).uniform_(-bound, bound, generator=generator)
         local.copy_(whole[local_slices(parameter)])

@@ -151,8 +151,8 @@ def _sharded():
         for layer in whole.base_model.model.model.layers:
             fully_shard(layer, mesh=parallel.mesh)
         fully_shard(whole, mesh=parallel.mesh)
-    meter = ShiftMeter(base, make_basis(), make_probes(), parallel, batch_size=2)
-    scores = _scores(model, base, parallel)
+    meter = ShiftMeter(base, make_basis(), make_probes(), parallel, batch_size=5)
+    scores = _scores(model, base, parallel, batch_size=12)
     shift = meter.measure(model)
     with ablate(model, make_basis()):
         ablated = score(model, make_probes()[:2], parallel)

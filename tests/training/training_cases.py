@@ -22,7 +22,25 @@ CHATML_MARKED = (
     "{% else %}{{ m['content'] + ' <|end|> ' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|> ' }}{% endif %}"
 )
-_WORDS = ("the", "cat", "sat", "on", "a", "mat", "why", "what", "is", "blue", "sky", "because", "light", "yes", "no")
+_WORDS = (
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "why",
+    "what",
+    "is",
+    "blue",
+    "sky",
+    "because",
+    "light",
+    "yes",
+    "no",
+    "be",
+    "kind",
+)
 
 
 def save_tiny(folder: Path, architecture: str = "llama", **settings: object) -> Path:
