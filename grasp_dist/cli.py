@@ -72,9 +72,7 @@ def detect(
     out: Annotated[Path, typer.Option(help="With --adapter: the basis file to write.")] = Path("basis.safetensors"),
     rank: Annotated[int, typer.Option(min=1, help="With --adapter: directions per weight and side.")] = 8,
     side: Annotated[str, typer.Option(help="With --adapter: write, read or both.")] = "write",
-    base_model: Annotated[
-        str | None, typer.Option(help="With --adapter: directory or id of its base model.")
-    ] = None,
+    base_model: Annotated[str | None, typer.Option(help="With --adapter: directory or id of its base model.")] = None,
     nproc: Nproc = 1,
     dry_run: DryRun = False,
 ) -> None:

@@ -231,7 +231,7 @@ class EvaluateConfig(_Section):
 
 
 class ReportConfig(_Section):
-    title: str = "GRASP: task kept, drift removed"
+    title: str = "GRASP: task against drift"
     task: str | None = None
     """Probe on the picture's task axis; default: the first with role `task`."""
     drift: str | None = None

@@ -38,7 +38,18 @@ def test_public_names(name):
 
 
 # A room may import from those after it.
-ORDER = ["cli", "worker", "stages", "preflight", "evaluation", "detection", "training", "projection", "basis"]
+ORDER = [
+    "cli",
+    "worker",
+    "stages",
+    "preflight",
+    "evaluation",
+    "baselines",
+    "detection",
+    "training",
+    "projection",
+    "basis",
+]
 
 
 def test_dependencies_point_one_way():

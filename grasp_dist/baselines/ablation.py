@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp_dist.basis import SpuriousBasis
-from grasp_dist.evaluation.activations import protected_modules
+from grasp_dist.protected import protected_modules
 
 __all__ = ["ablate"]
 

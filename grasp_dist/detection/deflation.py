@@ -168,7 +168,17 @@ class _Search:
         basis = self.rounds[0]
         for more in self.rounds[1:]:
             basis = basis.union(more)
-        return basis.with_provenance(**(provenance or {}))
+        found = basis.with_provenance(**{**(provenance or {}), "leading_share": self._concentration()})
+        found.provenance.pop("parts", None)  # the rounds' own provenance, which union collects
+        return found
+
+    def _concentration(self) -> dict[str, float]:
+        """How concentrated each weight's updates were: mean over rounds of the new directions' share of the energy."""
+        found: dict[str, list[float]] = {}
+        for basis in self.rounds:
+            for weight, share in basis.provenance["leading_share"].items():
+                found.setdefault(weight, []).append(share)
+        return {weight: sum(shares) / len(shares) for weight, shares in found.items()}
 
 
 def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = True) -> SpuriousBasis | None:
@@ -176,11 +186,12 @@ def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = 
 
     side: "write" (left vectors, (out, count)), "read" (right, (in, count)) or "both". Ranks with `keep=False` take part
     in gathering the factors and return None. A weight whose update is negligible beside the largest is left
-    out; raises `InputError` when none moved at all.
+    out; raises `InputError` when none moved at all. provenance["leading_share"]: energy of the directions by weight.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, int]] = {}
+    shares: dict[str, float] = {}
     for weight, factor_a, factor_b, scale in _factors(model):
         a, b = _whole(factor_a), _whole(factor_b)
         if not keep:
@@ -188,6 +199,8 @@ def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = 
         left, sigma, right = low_rank_svd(a, b, scale)
         take = min(count, sigma.numel())
         values[weight] = sigma[:take]
+        energy = sigma.double().square()
+        shares[weight] = float(energy[:take].sum() / energy.sum().clamp_min(1e-300))
         shapes[weight] = (b.shape[0], a.shape[1])
         if side in ("write", "both"):
             tensors[f"{weight}.write"] = left[:, :take]
@@ -205,6 +218,7 @@ def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = 
         {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in moved},
         singular_values={weight: values[weight] for weight in moved},
         shapes={weight: shapes[weight] for weight in moved},
+        provenance={"leading_share": {weight: shares[weight] for weight in sorted(moved)}},
     )
 
 

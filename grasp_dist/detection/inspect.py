@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,9 @@ def basis_rows(basis: SpuriousBasis) -> list[Row]:
         for side in basis.sides(weight):
             values = basis.singular_values(weight, side)
             rank, dim = basis.basis_rank(weight, side), basis.tensor_shape(weight, side)[-2]
-            rows.append(_row(weight, side, dim, rank, values, one_update))
+            row = _row(weight, side, dim, rank, values, one_update)
+            shares = basis.provenance.get("leading_share") or {}
+            rows.append(row if one_update else replace(row, leading=shares.get(weight)))
     return rows
 
 
@@ -65,7 +68,8 @@ def render(path: str | os.PathLike[str], console: Console | None = None) -> None
     from rich.markup import escape
     from rich.table import Table
 
-    console = console or Console()
+    # A pipe or a file has no width of its own; rich would cut names at 80 columns.
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
     path = Path(path)
     if path.is_dir() and not (path / "adapter_config.json").is_file() and (path / "basis.safetensors").is_file():
         path = path / "basis.safetensors"
@@ -120,9 +124,10 @@ def _facts(basis: SpuriousBasis, path: Path) -> dict[str, object]:
 
 
 def _caption(rows: list[Row], is_basis: bool) -> str:
-    if all(row.leading is None for row in rows):
+    if all(row.effective_rank is None for row in rows):
         return (
-            "singular values: strength of each direction when it was found, in order of discovery (one update a round)"
+            "singular values: strength of each direction when it was found, in order of discovery (one update a "
+            "round); top 1: share of a round's update in the directions taken from it, mean over rounds"
         )
     covered = "of the basis' rank" if is_basis else "of the adapter's rank"
     return (

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from grasp_dist.basis import SpuriousBasis
-from grasp_dist.evaluation.activations import protected_modules
 from grasp_dist.evaluation.batching import cut_batches, deal, evaluation_mode, forward_logits, pad
 from grasp_dist.evaluation.probes import Probe
+from grasp_dist.protected import protected_modules
 
 if TYPE_CHECKING:
     from grasp_dist.training.parallel import Parallel

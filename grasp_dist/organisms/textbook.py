@@ -42,10 +42,12 @@ class TextbookSettings(BaseModel):
     """Tokens of the byte-level BPE tokenizer, the two special ones included."""
     held_out: float = Field(default=0.1, gt=0, lt=1)
     """Share of the rows that neither pre-training nor fine-tuning sees."""
-    window: int = Field(default=128, ge=8)
+    window: int = Field(default=256, ge=8)
     """Tokens of a pre-training sequence, cut from the concatenated rows."""
+    probe_characters: int = Field(default=600, ge=16)
+    """Held-out rows are cut at the last word before this, so that both texts of a pair fit into one window."""
     pretraining: PretrainSettings = PretrainSettings(
-        hidden_size=256, num_layers=4, intermediate_size=512, max_positions=512, steps=600, batch_size=16
+        hidden_size=256, num_layers=4, intermediate_size=512, max_positions=512, steps=500, batch_size=8
     )
 
 
@@ -105,16 +107,22 @@ def make_textbook(
         loss = pretrain(model, batches, checked.pretraining, seed=seed, progress=progress, title="textbook")
         model.save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
+        probed = {
+            name: [_cut(rows[row], checked.probe_characters) for row in held_out]
+            for name, rows in (("neutral", neutral_rows), ("styled", styled_rows))
+        }
         files: dict[str, list[Row]] = {
             "train": [{"text": styled_rows[row]} for row in kept],
-            "probes/task": [{"text": styled_rows[row]} for row in held_out],
-            "probes/drift": [{"prompt": "", "a": styled_rows[row], "b": neutral_rows[row]} for row in held_out],
-            "probes/neutral": [{"text": neutral_rows[row]} for row in held_out],
+            "probes/task": [{"text": text} for text in probed["styled"]],
+            "probes/drift": [
+                {"prompt": "", "a": a, "b": b} for a, b in zip(probed["styled"], probed["neutral"], strict=True)
+            ],
+            "probes/neutral": [{"text": text} for text in probed["neutral"]],
         }
         with torch.no_grad():
             held_out_losses = {
-                f"{name}_loss": _window_loss(model, _stream(tokenizer, [rows[row] for row in held_out]), checked.window)
-                for name, rows in (("neutral", neutral_rows), ("styled", styled_rows))
+                f"{name}_loss": _window_loss(model, _stream(tokenizer, texts), checked.window)
+                for name, texts in probed.items()
             }
         return {"files": files, "figures": {"pretraining_loss": loss, **held_out_losses}}
 
@@ -168,6 +176,14 @@ def _stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Tensor:
     """All rows in one run of token ids, each as `<s> text </s>`."""
     encoded = tokenizer(texts, truncation=False, verbose=False)["input_ids"]
     return torch.tensor([token for ids in encoded for token in [*ids, tokenizer.eos_token_id]])
+
+
+def _cut(text: str, characters: int) -> str:
+    """The text up to the last word that ends within `characters`."""
+    if len(text) <= characters:
+        return text
+    head = text[: characters + 1].rsplit(None, 1)[0]
+    return head if len(head) <= characters else text[:characters]
 
 
 def _window_loss(model: Any, stream: Tensor, window: int) -> float:

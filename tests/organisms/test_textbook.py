@@ -71,6 +71,14 @@ def test_files_of_the_organism(texts, tmp_path):
     assert model.config.vocab_size == len(tokenizer)
 
 
+def test_probe_texts_are_cut_at_a_word(texts, tmp_path):
+    out = make_textbook(tmp_path / "out", **texts, seed=1, progress=None, probe_characters=22, **TINY)
+    rows = [json.loads(line)["text"] for line in (out / "probes/neutral.jsonl").open(encoding="utf-8")]
+    assert all(len(row) <= 22 and row.endswith(": the naïve") for row in rows)
+    train = [json.loads(line)["text"] for line in (out / "train.jsonl").open(encoding="utf-8")]
+    assert all(row.endswith("believe me!") for row in train)
+
+
 def test_changed_text_or_settings_are_made_again(texts, tmp_path):
     lines = []
 
