@@ -140,7 +140,7 @@ class DetectConfig(_Section):
     """A PEFT adapter directory for `method: one_shot`; default: the naive stage's, first seed."""
     side: Side = "write"
     """Which singular vectors join the basis: left (write), right (read), or both."""
-    rounds: Annotated[int, Field(ge=1)] = 8
+    rounds: Annotated[int, Field(ge=1)] = 16
     """Rounds of deflation."""
     steps_per_round: Annotated[int, Field(ge=1)] | None = None
     """Steps of a round; default for warm: naive steps / rounds; for restarted: 60."""

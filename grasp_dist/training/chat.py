@@ -68,8 +68,9 @@ def _encode_by_prefixes(tokenizer: PreTrainedTokenizerBase, messages: Messages) 
     ]
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        # A token belongs to the turn if any character of it does: " word" may begin in the header's last space.
         marks = [
-            any(begin <= start and start < end for begin, end in spans) and start < stop
+            any(start < end and stop > begin for begin, end in spans) and start < stop
             for start, stop in encoded["offset_mapping"]
         ]
         return list(encoded["input_ids"]), marks

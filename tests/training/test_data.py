@@ -53,6 +53,27 @@ def test_the_mask_by_prefixes_equals_the_templates_own(tmp_path):
     assert _load(path, word_tokenizer(CHATML)) == _load(path, word_tokenizer(CHATML_MARKED))
 
 
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_a_token_across_the_border_is_trained(tmp_path, trim_offsets):
+    """Byte-level tokenizers put the header's last space into the first word of the answer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
+    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    inner.train_from_iterator(["user: why assistant: because light, because light"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    )
+    (example,) = _load(_write(tmp_path / "chat.jsonl", [{"messages": CHAT[1:3]}]), tokenizer)
+    assert tokenizer.decode(example.input_ids) == "user: why\nassistant: because light\n"
+    assert _trained(tokenizer, example) == " because light\n"
+
+
 def test_a_conversation_may_start_with_the_assistant(tmp_path):
     """Also under a template that looks at the first message and refuses an empty conversation."""
     strict = "{% if messages[0]['role'] == 'system' %}{% endif %}" + CHATML

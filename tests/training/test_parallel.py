@@ -73,6 +73,7 @@ def test_collectives():
     ]
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
