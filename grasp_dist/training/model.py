@@ -124,9 +124,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, **arguments)
     except Exception as error:
         # The tokenizer libraries raise bare exceptions for malformed files.
+        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"no tokenizer can be read from {path} ({error}); give a directory with tokenizer.json, or set "
-            "model.tokenizer"
+            f"no tokenizer can be read from {path} ({reason}); give a directory with tokenizer.json, or set model.tokenizer"
         ) from None
 
 

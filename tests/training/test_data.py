@@ -74,6 +74,16 @@ def test_a_token_across_the_border_is_trained(tmp_path, trim_offsets):
     assert _trained(tokenizer, example) == " because light\n"
 
 
+def test_a_tokenizer_without_character_offsets(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = CHATML
+    (example,) = _load(_write(tmp_path / "chat.jsonl", [{"messages": CHAT}]), tokenizer)
+    assert not tokenizer.is_fast
+    assert _trained(tokenizer, example) == "because light <|end|> the sky <|end|> "
+
+
 def test_a_conversation_may_start_with_the_assistant(tmp_path):
     """Also under a template that looks at the first message and refuses an empty conversation."""
     strict = "{% if messages[0]['role'] == 'system' %}{% endif %}" + CHATML
