@@ -168,8 +168,9 @@ class _Search:
         basis = self.rounds[0]
         for more in self.rounds[1:]:
             basis = basis.union(more)
-        found = basis.with_provenance(**{**(provenance or {}), "leading_share": self._concentration()})
-        found.provenance.pop("parts", None)  # the rounds' own provenance, which union collects
+        found = basis.with_provenance()
+        # Instead of the rounds' own, which union collects.
+        found.provenance = {"method": "deflation", **(provenance or {}), "leading_share": self._concentration()}
         return found
 
     def _concentration(self) -> dict[str, float]:

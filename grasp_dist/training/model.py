@@ -126,7 +126,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         # The tokenizer libraries raise bare exceptions for malformed files.
         reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"no tokenizer can be read from {path} ({reason}); give a directory with tokenizer.json, or set model.tokenizer"
+            f"no tokenizer can be read from {path} ({reason}); give a directory with tokenizer.json, or set "
+            "model.tokenizer"
         ) from None
 
 
