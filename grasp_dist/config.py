@@ -138,7 +138,7 @@ class DetectConfig(_Section):
     """The basis file for `method: file`."""
     adapter: str | None = None
     """A PEFT adapter directory for `method: one_shot`; default: the naive stage's, first seed."""
-    side: Side = "write"
+    side: Side = "both"
     """Which singular vectors join the basis: left (write), right (read), or both."""
     rounds: Annotated[int, Field(ge=1)] = 16
     """Rounds of deflation."""
