@@ -53,5 +53,5 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/detection.py
 
-clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+clean:  ## what was installed and built; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info

@@ -42,10 +42,10 @@ def _stages(ctx: typer.Context, config: Path, stages: tuple[str, ...], nproc: in
     from grasp_dist.stages import run_stages
 
     settings = load_config(config, ctx.obj)
-    if "WORLD_SIZE" in os.environ:  # started by torchrun or srun: one process of a group
+    if "WORLD_SIZE" in os.environ:  # started by torchrun: one process of a group
         from grasp_dist.worker import run_worker
 
-        run_worker(settings, stages)
+        run_worker(settings, stages, prepared=False, dry_run=dry_run)
     else:
         run_stages(settings, stages, nproc=nproc, dry_run=dry_run)
 

@@ -6,13 +6,14 @@ Imports pydantic and PyYAML only, so that `--help` and a finished run answer at 
 from __future__ import annotations
 
 import difflib
+import os
 import string
 import types
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from grasp_dist.errors import InputError
 
@@ -42,12 +43,15 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
+LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
 class ModelConfig(_Section):
-    path: str
+    path: LocalPath
     """Model directory (config.json, *.safetensors, tokenizer) or hub id."""
     revision: str | None = None
     """Branch, tag or commit, for a hub id."""
-    tokenizer: str | None = None
+    tokenizer: LocalPath | None = None
     """Tokenizer directory or hub id; default: the model's own."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
@@ -56,7 +60,7 @@ class ModelConfig(_Section):
 
 
 class DataConfig(_Section):
-    path: str
+    path: LocalPath
     """A JSONL/JSON/parquet/text file, a directory of them, or a hub id."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
@@ -109,8 +113,8 @@ class TrainingConfig(_Section):
     """Learning rate after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Annotated[float, Field(ge=0)] = 1e-8
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Clip the global gradient norm; null: do not."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -121,6 +125,12 @@ class TrainingConfig(_Section):
     """One fine-tune per seed (adapter initialisation and data order)."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines on the terminal; metrics.jsonl has every step."""
+
+    @model_validator(mode="after")
+    def _distinct_seeds(self) -> TrainingConfig:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"training.seeds must differ, got {self.seeds}")
+        return self
 
 
 class ParallelConfig(_Section):
@@ -134,9 +144,9 @@ class DetectConfig(_Section):
     method: Literal["warm", "restarted", "one_shot", "file"] = "warm"
     """`warm` deflation (one run of the naive length), `restarted` deflation, `one_shot` (the naive update's leading
     directions), or `file` (a basis that you bring)."""
-    basis: str | None = None
+    basis: LocalPath | None = None
     """The basis file for `method: file`."""
-    adapter: str | None = None
+    adapter: LocalPath | None = None
     """A PEFT adapter directory for `method: one_shot`; default: the naive stage's, first seed."""
     side: Side = "both"
     """Which singular vectors join the basis: left (write), right (read), or both."""
@@ -161,7 +171,7 @@ class DetectConfig(_Section):
 class ArmConfig(_Section):
     """One protected fine-tune (per seed): what is blocked, and how it differs from `training`."""
 
-    basis: str = "detected"
+    basis: LocalPath = "detected"
     """`detected`, `one_shot`, `random` (same ranks and sides as detected, the mandatory control), `none`, or a file."""
     rank: Annotated[int, Field(ge=1)] | None = None
     """First k directions only; default: project.rank."""
@@ -199,7 +209,7 @@ class ProbeConfig(_Section):
     """One measurement, read from a file (docs/probes.md has the formats)."""
 
     name: Name
-    path: str
+    path: LocalPath
     role: Literal["task", "drift", "retention"]
     """`task`: to be kept as in naive; `drift`: to stay at the base; `retention`: pretrained behaviour to be kept."""
     kind: Literal["completion", "pair", "loss", "kl"] = "completion"
@@ -241,7 +251,7 @@ class ReportConfig(_Section):
 class RunConfig(_Section):
     variables: dict[str, str] = {}
     """Text put in place of `${name}` in every other value, so that one recipe serves many models or data sets."""
-    run_dir: str
+    run_dir: LocalPath
     """Folder of the run: one sub-folder per stage, each with a manifest."""
     model: ModelConfig
     data: DataConfig
@@ -254,8 +264,15 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _arms(self) -> RunConfig:
-        for name in self.project.arms:
+        for name, arm in self.project.arms.items():
             self.arm_training(name)
+            if "seeds" in arm.training:
+                raise ValueError(f"project.arms.{name}.training: every arm runs with training.seeds; set them there")
+        probes = [probe.name for probe in self.evaluate.probes]
+        for axis in ("task", "drift"):
+            wanted = getattr(self.report, axis)
+            if wanted is not None and wanted not in probes:
+                raise ValueError(f"report.{axis} is {wanted!r}, which is none of the probes {probes}")
         if self.training.method == "full" and self.detect.method != "file":
             raise ValueError(
                 "training.method is 'full', but detection reads LoRA updates; keep training.method: lora for the naive "
@@ -290,6 +307,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
         raise InputError(f"{path} holds no mapping of settings; start from one of the files in recipes/")
     tree = _merge(tree, overrides or {})
     variables = tree.get("variables") or {}
+    if not isinstance(variables, dict):
+        raise InputError(f"{path}: `variables` must be a mapping of names to text, not {variables!r}")
     try:
         return RunConfig.model_validate({key: _substitute(value, variables, path) for key, value in tree.items()})
     except ValidationError as error:
@@ -299,7 +318,13 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
 def save_config(config: RunConfig, path: str | Path) -> None:
     """Write the resolved configuration as YAML that `load_config` reads back."""
     tree = _escape(config.model_dump(mode="json", exclude={"variables"}))
-    Path(path).write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    path = Path(path)
+    if path.is_file() and path.read_text() == text:
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:

@@ -14,12 +14,13 @@ import yaml
 
 from grasp_dist.config import DataConfig, RunConfig, TrainingConfig, save_config
 from grasp_dist.errors import InputError
-from grasp_dist.manifest import Unit, digest, file_hash
+from grasp_dist.manifest import Unit, digest, file_hash, quick_hash
 
 __all__ = ["STAGES", "RunGraph", "Task"]
 
 STAGES = ("naive", "detect", "project", "evaluate", "report")
 BASIS_FILE = "basis.safetensors"
+_MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 # Settings that change speed, memory or what is printed, but the result only to rounding.
 _SPEED_ONLY = {"seeds", "log_every", "micro_batch_size", "activation_checkpointing"}
 
@@ -75,16 +76,17 @@ class RunGraph:
         return plan
 
     def require(self, task: Task) -> None:
-        """Raise `InputError` when something that the task is made from is not there."""
+        """Raise `InputError` when something that the task is made from is not there, or not up to date."""
         for up in task.upstream:
-            if up.unit.manifest.get("status") != "finished":
+            if (reason := up.unit.stale_because()) is not None:
                 raise InputError(
-                    f"{task.name} needs {up.name}, which is not finished in {self.root}; "
-                    f"run `grasp-dist {up.stage} CONFIG` first, or `grasp-dist run CONFIG` for all stages"
+                    f"{task.name} needs {up.name}, which has to run first in {self.root} ({reason}); "
+                    f"run `grasp-dist {up.stage} CONFIG`, or `grasp-dist run CONFIG` for all stages"
                 )
+            self.require(up)
 
-    def claim(self) -> None:
-        """Check that the run directory is this run's (or new) and save the resolved configuration in it.
+    def check_claim(self) -> None:
+        """Check that the run directory is this run's, or new.
 
         Raises `InputError` for a folder that is no run directory, or one made from another model or data set.
         """
@@ -108,9 +110,13 @@ class RunGraph:
             raise InputError(
                 f"{self.root} exists and is not a run directory (it has no config.yaml); choose another run_dir"
             )
+
+    def claim(self) -> None:
+        """`check_claim`, and save the resolved configuration in the run directory."""
+        self.check_claim()
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            save_config(self.config, saved)
+            save_config(self.config, self.root / "config.yaml")
         except OSError as error:
             raise InputError(
                 f"cannot write to the run directory {self.root}: {error.strerror}; choose another run_dir"
@@ -203,7 +209,12 @@ class RunGraph:
         return {"basis": own.basis, **chosen}
 
     def _evaluate_tasks(self) -> Iterator[Task]:
-        common = {"model": self._model_hash(), "probes": self._probe_inputs(), "shift": self.config.evaluate.shift}
+        common = {
+            "model": self._model_hash(),
+            "precision": self.config.training.precision,
+            "probes": self._probe_inputs(),
+            "shift": self.config.evaluate.shift,
+        }
         detect = self.detect_task()
         basis = {"basis": detect.result_hash} if self.config.evaluate.shift else {}
         after = [detect] if self.config.evaluate.shift else []
@@ -247,8 +258,13 @@ class RunGraph:
     def _model_hash(self) -> str:
         model = self.config.model
         if Path(model.path).is_dir():
-            return self._folder_hash(Path(model.path), "*.safetensors", "*.json")
-        return f"{model.path}@{model.revision or 'main'}"
+            weights = self._folder_hash(Path(model.path), *_MODEL_FILES)
+        else:
+            weights = f"{model.path}@{model.revision or 'main'}"
+        tokenizer = model.tokenizer
+        if tokenizer and Path(tokenizer).is_dir():
+            tokenizer = self._folder_hash(Path(tokenizer), *_MODEL_FILES)
+        return digest([weights, tokenizer, model.attention])
 
     def _data_inputs(self, data: DataConfig) -> dict[str, Any]:
         settings = data.model_dump(exclude={"path"})
@@ -278,18 +294,9 @@ class RunGraph:
             files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
             if not files:
                 raise InputError(f"{folder} holds no {' or '.join(patterns)} file; check the path in the configuration")
-            self._hashes[folder] = digest({file.name: _cheap_hash(file) for file in files})
+            self._hashes[folder] = digest({file.name: quick_hash(file) for file in files})
         return self._hashes[folder]
 
 
 def _weights_folder(training: TrainingConfig) -> str:
     return "adapter" if training.method == "lora" else "model"
-
-
-def _cheap_hash(path: Path) -> str:
-    """A file's hash; above 64 MiB of its size, time of change and first MiB, since a 70B model would take minutes."""
-    stat = path.stat()
-    if stat.st_size <= 64 << 20:
-        return file_hash(path)
-    with path.open("rb") as file:
-        return digest([stat.st_size, stat.st_mtime_ns, file.read(1 << 20).hex()])

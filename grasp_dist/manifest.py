@@ -14,7 +14,7 @@ from typing import Any
 
 from grasp_dist.errors import InputError
 
-__all__ = ["Unit", "digest", "file_hash", "set_aside", "versions", "write_json"]
+__all__ = ["Unit", "digest", "file_hash", "quick_hash", "set_aside", "versions", "write_json"]
 
 MANIFEST = "manifest.json"
 _PACKAGES = ("grasp-dist", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers")
@@ -31,6 +31,15 @@ def _file_digest(file: Any) -> str:
     while chunk := file.read(1 << 20):
         sha.update(chunk)
     return sha.hexdigest()
+
+
+def quick_hash(path: Path) -> str:
+    """A file's hash; above 64 MiB of its size, time of change and first MiB, since a 70B model would take minutes."""
+    stat = path.stat()
+    if stat.st_size <= 64 << 20:
+        return file_hash(path)
+    with path.open("rb") as file:
+        return digest([stat.st_size, stat.st_mtime_ns, file.read(1 << 20).hex()])
 
 
 def digest(value: Any) -> str:
@@ -102,8 +111,7 @@ class Unit:
     def start(self) -> None:
         """Make the folder ready and mark it as running. A finished result of other inputs is set aside, never deleted;
         an interrupted one of the same inputs stays, so that work inside it can go on."""
-        manifest = self.manifest
-        if manifest and manifest.get("inputs") != self.inputs:
+        if self.folder.is_dir() and any(self.folder.iterdir()) and self.manifest.get("inputs") != self.inputs:
             set_aside(self.folder)
         write_json(
             self.folder / MANIFEST,
@@ -143,8 +151,8 @@ def set_aside(folder: Path) -> None:
 
 def _tree_hash(path: Path) -> str:
     if path.is_file():
-        return file_hash(path)
-    return digest({str(p.relative_to(path)): file_hash(p) for p in sorted(path.rglob("*")) if p.is_file()})
+        return quick_hash(path)
+    return digest({str(p.relative_to(path)): quick_hash(p) for p in sorted(path.rglob("*")) if p.is_file()})
 
 
 def _changes(old: Any, new: Any, where: str = "") -> Iterable[str]:

@@ -15,17 +15,21 @@ __all__ = ["check_basis", "preflight"]
 _SAMPLE_ROWS = 256
 
 
-def preflight(config: RunConfig, stages: tuple[str, ...]) -> None:
-    """Raise `InputError` for the first thing that would stop the stages; loads no weights and trains nothing."""
+def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: int = 0) -> None:
+    """Raise `InputError` for the first thing that would stop the stages; loads no weights and trains nothing.
+
+    full_fine_tunes: how many of them are still to be written, for the check of the disk.
+    """
     from grasp_dist.architecture import linear_modules, logical_shape, resolve_modules
     from grasp_dist.training.data import load_examples
+    from grasp_dist.training.loop import num_steps
     from grasp_dist.training.model import load_tokenizer, meta_model
 
     tokenizer = load_tokenizer(config.model)
     model = meta_model(config.model)
     shapes = {f"{name}.weight": logical_shape(module) for name, module in linear_modules(model).items()}
     limit = min(config.data.limit or _SAMPLE_ROWS, _SAMPLE_ROWS)
-    load_examples(config.data.model_copy(update={"limit": limit}), tokenizer)
+    examples = load_examples(config.data.model_copy(update={"limit": limit}), tokenizer)
 
     trainings = {"training": config.training}
     trainings |= {f"project.arms.{arm}.training": config.arm_training(arm) for arm in config.project.arms}
@@ -41,9 +45,9 @@ def preflight(config: RunConfig, stages: tuple[str, ...]) -> None:
     if detect.method == "file":
         _check_given(config, detect.basis, shapes, rank=config.project.rank, where=f"detect.basis {detect.basis}")
     elif detect.method == "one_shot":
-        _check_found(config, min(detect.rank, config.training.lora.rank) if not detect.adapter else detect.rank)
+        _check_one_shot(config)
     else:
-        _check_found(config, detect.rounds * detect.directions_per_round)
+        _check_rounds(config, num_steps(config.training, len(examples)))
     if detect.adapter:
         from grasp_dist.detection import detect_basis
 
@@ -56,12 +60,20 @@ def preflight(config: RunConfig, stages: tuple[str, ...]) -> None:
         if settings.basis not in ("detected", "random", "one_shot", "none"):
             rank = settings.rank or config.project.rank
             _check_given(config, settings.basis, shapes, rank=rank, where=f"project.arms.{arm}.basis {settings.basis}")
+        elif settings.basis != "none":
+            _check_found(config, arm)
+        if settings.basis == "one_shot":
+            _check_one_shot(config)
     if "evaluate" in stages:
+        if not config.evaluate.probes:
+            raise InputError(
+                "evaluate.probes is empty, so nothing would be measured; docs/probes.md shows how to add some"
+            )
         from grasp_dist.evaluation.probes import prepare
 
         prepare(config.evaluate.probes, tokenizer)
     if {"naive", "project"} & set(stages):
-        _check_disk(config, sum(parameter.numel() for parameter in model.parameters()))
+        _check_disk(config, sum(parameter.numel() for parameter in model.parameters()), full_fine_tunes)
 
 
 def check_basis(
@@ -109,20 +121,44 @@ def _check_lora_rank(where: str, training: TrainingConfig, shapes: dict[str, tup
             )
 
 
-def _check_found(config: RunConfig, found: int) -> None:
-    ranks = {"project.rank": config.project.rank}
-    ranks |= {f"project.arms.{arm}.rank": settings.rank for arm, settings in config.project.arms.items()}
-    for where, rank in ranks.items():
-        if rank is not None and rank > found:
-            raise InputError(
-                f"{where} is {rank}, but detection will find {found} directions per weight and side; "
-                "lower it, or raise detect.rounds, detect.directions_per_round or detect.rank"
-            )
+def _check_rounds(config: RunConfig, steps: int) -> None:
+    detect = config.detect
+    if detect.method == "warm" and detect.steps_per_round is None and config.training.steps and steps < detect.rounds:
+        raise InputError(
+            f"detect.rounds is {detect.rounds}, but the naive fine-tune has {steps} steps; lower it, or set "
+            "detect.steps_per_round"
+        )
 
 
-def _check_disk(config: RunConfig, num_parameters: int) -> None:
-    full = sum(config.arm_training(arm).method == "full" for arm in config.project.arms)
-    need = 4 * num_parameters * full * len(config.training.seeds) + (64 << 20)
+def _check_one_shot(config: RunConfig) -> None:
+    detect, lora = config.detect, config.training.lora.rank
+    if not detect.adapter and detect.rank > lora:
+        raise InputError(
+            f"detect.rank is {detect.rank}, but a LoRA update of rank training.lora.rank {lora} has {lora} directions; "
+            f"use at most {lora}"
+        )
+
+
+def _check_found(config: RunConfig, arm: str) -> None:
+    """That the arm's rank is one that its detection will find."""
+    detect, settings = config.detect, config.project.arms[arm]
+    rank, where = settings.rank, f"project.arms.{arm}.rank"
+    if rank is None:
+        rank, where = config.project.rank, f"project.rank (for the arm {arm})"
+    if rank is None or (detect.method == "file" and settings.basis != "one_shot"):
+        return
+    found = detect.rounds * detect.directions_per_round
+    if settings.basis == "one_shot" or detect.method == "one_shot":
+        found = detect.rank
+    if rank > found:
+        raise InputError(
+            f"{where} is {rank}, but detection will find {found} directions per weight and side; "
+            "lower it, or raise detect.rounds, detect.directions_per_round or detect.rank"
+        )
+
+
+def _check_disk(config: RunConfig, num_parameters: int, full_fine_tunes: int) -> None:
+    need = 4 * num_parameters * full_fine_tunes + (64 << 20)
     folder = Path(config.run_dir).absolute()
     while not folder.exists():
         folder = folder.parent
@@ -130,5 +166,5 @@ def _check_disk(config: RunConfig, num_parameters: int) -> None:
     if free < need:
         raise InputError(
             f"{folder} has {free / 2**30:.1f} GiB free, and this run will write up to {need / 2**30:.1f} GiB "
-            f"({full} full fine-tunes per seed); free some space, choose another run_dir, or drop the full arms"
+            f"({full_fine_tunes} full fine-tunes); free some space, choose another run_dir, or drop the full arms"
         )

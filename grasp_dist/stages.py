@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_dist.config import RunConfig, TrainingConfig
+from grasp_dist.errors import InputError
 from grasp_dist.graph import STAGES, RunGraph, Task
 from grasp_dist.manifest import write_json
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from grasp_dist.basis import SpuriousBasis
     from grasp_dist.training.parallel import Parallel
 
-__all__ = ["run_stages", "work"]
+__all__ = ["prepare", "run_stages", "work"]
 
 
 def run_stages(config: RunConfig, stages: tuple[str, ...] = STAGES, *, nproc: int = 1, dry_run: bool = False) -> None:
@@ -31,38 +33,48 @@ def run_stages(config: RunConfig, stages: tuple[str, ...] = STAGES, *, nproc: in
     nproc: processes on this machine.
     dry_run: check everything that can be checked without training, print what would run, and stop.
     """
-    graph = RunGraph(config)
-    plan = graph.plan(stages)
-    stale = [task for task, reason in plan if reason]
-    for task, reason in plan:
-        print(f"{task.name}: {'will run: ' + reason if reason else 'finished, kept'}")
-    if not set(stages) >= {task.stage for task in _missing_upstream(plan)}:
-        for task in stale:
-            graph.require(task)
-    if stale or dry_run:
-        from grasp_dist.preflight import preflight
-
-        preflight(config, stages)
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise InputError(
+            "several tasks were started by srun, without the environment that torchrun gives (WORLD_SIZE, RANK, ...), "
+            "so each would run alone in the same folder; let srun start one torchrun per node"
+        )
+    stale = prepare(config, stages, dry_run=dry_run)
     if dry_run:
-        print("dry run: the configuration, model, data, probes and bases were checked; nothing was trained")
         return
-    graph.claim()
     trains = tuple(stage for stage in stages if stage != "report")
     if any(task.stage != "report" for task in stale):
         _start(config, trains, nproc)
     if "report" in stages:
-        _report(graph)
+        _report(RunGraph(config))
 
 
-def _missing_upstream(plan: list[tuple[Task, str | None]]) -> list[Task]:
+def prepare(config: RunConfig, stages: tuple[str, ...], *, dry_run: bool = False) -> list[Task]:
+    """What one process does before any work: print what will run and why, check what can be checked, and make the run
+    directory this run's. Returns the tasks that have to run; raises `InputError` for what would stop them."""
+    graph = RunGraph(config)
+    plan = graph.plan(stages)
+    for task, reason in plan:
+        print(f"{task.name}: {'will run: ' + reason if reason else 'finished, kept'}", flush=True)
+    stale = [task for task, reason in plan if reason]
     planned = {task.name for task, _ in plan}
-    return [
-        up
-        for task, reason in plan
-        if reason
-        for up in task.upstream
-        if up.name not in planned and up.unit.stale_because()
-    ]
+    for up in (up for task in stale for up in task.upstream if up.name not in planned):
+        reason = up.unit.stale_because()
+        if reason is not None:
+            raise InputError(
+                f"{', '.join(stages)} needs {up.name}, which has to run first in {graph.root} ({reason}); run "
+                f"`grasp-dist {up.stage} CONFIG`, or `grasp-dist run CONFIG` for all stages"
+            )
+    graph.check_claim()
+    if stale or dry_run:
+        from grasp_dist.preflight import preflight
+
+        full = sum(task.arm is not None and task.output == "model" for task in stale if task.stage == "project")
+        preflight(config, stages, full_fine_tunes=full)
+    if dry_run:
+        print("dry run: the configuration, model, data, probes and bases were checked; nothing was trained")
+    else:
+        graph.claim()
+    return stale
 
 
 def _start(config: RunConfig, stages: tuple[str, ...], nproc: int) -> None:
@@ -73,24 +85,34 @@ def _start(config: RunConfig, stages: tuple[str, ...], nproc: int) -> None:
 
     saved = str(Path(config.run_dir) / "config.yaml")
     code = run_local(["-m", "grasp_dist.worker", saved, *stages], nproc=nproc)
-    for said in Path(config.run_dir).glob(".error-*"):
-        said.unlink()
     if code:
-        print(
-            f"stopped with exit code {code}; what was finished is kept, and the same command goes on from there",
-            file=sys.stderr,
-        )
+        print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         raise SystemExit(code)
 
 
-def work(config: RunConfig, stages: tuple[str, ...]) -> None:
-    """What each process does: every stale task of the stages, in order; collective."""
+def work(config: RunConfig, stages: tuple[str, ...], *, prepared: bool = True, dry_run: bool = False) -> None:
+    """What each process does: every stale task of the stages, in order; collective.
+
+    prepared: `prepare` was called before the processes were started; else rank 0 does it first.
+    """
     from grasp_dist.training.parallel import init_parallel
 
     with init_parallel(config.parallel) as parallel:
+        if not prepared:
+            error = None
+            if parallel.is_main:
+                try:
+                    prepare(config, stages, dry_run=dry_run)
+                except InputError as caught:
+                    error = caught
+            parallel.share_error(error)
+            if dry_run:
+                return
         worker = _Worker(config, parallel)
         for task in worker.stale_tasks(tuple(stage for stage in stages if stage != "report")):
             getattr(worker, task.stage)(task)
+        if "evaluate" in stages and parallel.is_main:
+            _collect_scores(RunGraph(config))
         if "report" in stages and parallel.is_main:
             _report(RunGraph(config))
         parallel.barrier()
@@ -104,7 +126,6 @@ def _report(graph: RunGraph) -> None:
     if reason:
         graph.require(task)
         task.unit.start()
-        _collect_scores(graph)
         report = graph.config.report
         build_report([graph.root], task.unit.folder, title=report.title, task=report.task, drift=report.drift)
         task.unit.finish(outputs=["report.html", "report.json"], metrics={}, world_size=1)

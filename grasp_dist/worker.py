@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from grasp_dist.config import RunConfig, load_config
@@ -14,17 +15,18 @@ from grasp_dist.stages import work
 __all__ = ["main", "run_worker"]
 
 
-def run_worker(config: RunConfig, stages: tuple[str, ...]) -> None:
+def run_worker(config: RunConfig, stages: tuple[str, ...], *, prepared: bool = True, dry_run: bool = False) -> None:
     """Do the stages' work as one of the group's processes.
 
     An `InputError` ends the process with code 2, at once, since the others may be waiting for it in a collective; the
-    first of the group to have one prints it. The others then end silently, whatever their broken connections raise.
+    first of the machine to have one prints it. The others then end silently, whatever their broken connections raise.
     """
-    said = Path(config.run_dir) / f".error-{os.environ.get('MASTER_ADDR')}-{os.environ.get('MASTER_PORT')}"
-    if os.environ.get("RANK") == "0":
+    group = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
+    said = Path(tempfile.gettempdir()) / f"grasp-dist-error-{group.replace('/', '_')}"
+    if os.environ.get("LOCAL_RANK") == "0":
         said.unlink(missing_ok=True)
     try:
-        work(config, stages)
+        work(config, stages, prepared=prepared, dry_run=dry_run)
     except InputError as error:
         if _first(said):
             print(f"error: {error}", file=sys.stderr, flush=True)

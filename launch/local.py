@@ -16,6 +16,7 @@ def run_local(arguments: list[str], *, nproc: int) -> int:
     Returns the exit code: 0, or that of the process that failed first. The others are stopped. The children's own
     words on standard error are the message; torchrun's summary of them is left out.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -36,4 +37,6 @@ def run_local(arguments: list[str], *, nproc: int) -> int:
     except ChildFailedError as error:
         _, first = error.get_first_failure()
         return first.exitcode if first.exitcode > 0 else 128 - first.exitcode
+    except SignalException as error:  # Ctrl-C, or a scheduler's signal: torchrun has stopped the children
+        return 128 + int(error.sigval)
     return 0

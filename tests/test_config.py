@@ -41,6 +41,11 @@ def test_every_recipe_is_valid_and_has_the_random_control(recipe):
         ("training: {learning_rate: -1}", "training.learning_rate"),
         ("training: {method: full}", "detection reads LoRA updates"),
         ("detect: {method: file}", "detect.basis"),
+        ("training: {seeds: [0, 0]}", "must differ"),
+        ("training: {betas: [1.5, 2]}", "training.betas"),
+        ("project: {arms: {grasp: {training: {seeds: [3]}}}}", "training.seeds"),
+        ("report: {task: nope}", "none of the probes"),
+        ("variables: [a]", "must be a mapping"),
         ("model: {path: m}\nmodle: 3", "did you mean 'model'"),
         ("report: {title: $nowhere}", "variables"),
     ],
@@ -66,6 +71,11 @@ def test_yaml_is_read_safely(tmp_path):
     (tmp_path / "evil.yaml").write_text("run_dir: !!python/object/apply:os.system ['true']\n")
     with pytest.raises(InputError, match="not valid YAML"):
         load_config(tmp_path / "evil.yaml")
+
+
+def test_a_home_directory_is_meant_by_the_tilde(config_file):
+    config = load_config(config_file("detect: {method: file, basis: ~/basis.safetensors}"))
+    assert config.detect.basis == str(Path.home() / "basis.safetensors")
 
 
 def test_overrides_leave_the_other_words_alone():

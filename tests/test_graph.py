@@ -137,6 +137,22 @@ def test_a_stage_without_its_upstream_says_what_to_run(make_config):
         graph.require(task)
 
 
+def test_an_upstream_result_of_other_settings_is_not_used(make_config):
+    """Found in review: `project` alone took a basis that other detect settings had made."""
+    finish_all(make_config())
+    graph = RunGraph(make_config(detect={"rounds": 4}))
+    task = next(iter(graph.tasks(("project",))))
+    with pytest.raises(InputError, match=r"detect\.rounds was 16, now 4"):
+        graph.require(task)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "merges.txt"])
+def test_the_tokenizer_counts_as_an_input(make_config, tmp_path, name):
+    finish_all(make_config())
+    (tmp_path / "model" / name).write_text("changed")
+    assert stale(make_config())["naive/seed-0"].startswith("its inputs changed: model")
+
+
 def test_a_run_directory_belongs_to_one_model_and_data_set(make_config, tmp_path):
     config = make_config()
     RunGraph(config).claim()

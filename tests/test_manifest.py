@@ -46,6 +46,17 @@ def test_a_result_of_other_inputs_is_set_aside_not_deleted(tmp_path):
     assert (tmp_path / "unit.old-2" / "out.txt").exists()
 
 
+def test_work_without_a_manifest_is_not_taken_over(tmp_path):
+    """Found in review: rounds of unknown settings were continued when the manifest had been deleted."""
+    unit = Unit(tmp_path / "unit", {"a": 1})
+    unit.start()
+    (unit.folder / "round-1").mkdir()
+    (unit.folder / MANIFEST).unlink()
+    Unit(tmp_path / "unit", {"a": 2}).start()
+    assert not (unit.folder / "round-1").exists()
+    assert (tmp_path / "unit.old-1" / "round-1").exists()
+
+
 def test_a_missing_output_or_a_damaged_manifest_means_run_again(tmp_path):
     unit = finished(tmp_path / "unit", {"a": 1})
     (unit.folder / "out.txt").unlink()

@@ -130,6 +130,55 @@ def test_reports_of_several_runs_are_pooled(finished, tmp_path):
     assert (tmp_path / "pooled" / "report.json").is_file()
 
 
+def test_a_group_started_by_torchrun_checks_first_and_honours_dry_run(organism, tmp_path):
+    """Found in review: with WORLD_SIZE set, checks and --dry-run were passed over."""
+    tree = tiny_config(organism, tmp_path / "run")
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command += ["grasp_dist.cli", "naive", str(config)]
+
+    def torchrun(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *more], capture_output=True, text=True, timeout=240, check=False)
+
+    dry = torchrun("--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "nothing was trained" in dry.stdout
+    assert not (tmp_path / "run").exists()
+    refused = torchrun("--training.modules", "[o_porj]")
+    assert refused.returncode != 0
+    assert sum(line.startswith("error: ") for line in refused.stderr.splitlines()) == 1
+    done = torchrun()
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "config.yaml").is_file()
+    assert json.loads((tmp_path / "run" / "naive" / "seed-0" / "manifest.json").read_text())["world_size"] == 2
+
+
+def test_a_damaged_round_falls_back_to_the_one_before(organism, tmp_path):
+    """A round whose state was written but not committed is made again; found in review: it was refused for ever."""
+    from grasp_dist import SpuriousBasis
+
+    tree = tiny_config(organism, tmp_path / "run")
+    tree["training"]["steps"] = 12
+    tree["detect"] = {"rounds": 4}
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    assert grasp_dist("detect", config).returncode == 0
+    detect = tmp_path / "run" / "detect"
+    straight = SpuriousBasis.load(detect / "basis.safetensors").fingerprint()
+    rounds = detect / "rounds"
+    assert not (rounds / "round-001" / "state").exists()  # only the last two states are kept
+    manifest = json.loads((detect / "manifest.json").read_text())
+    (detect / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
+    (detect / "basis.safetensors").unlink()
+    (rounds / "round-004" / "committed.json").unlink()
+    (rounds / "round-003" / "committed.json").unlink()
+    assert (rounds / "round-003" / "state").exists()
+    done = grasp_dist("detect", config)
+    assert done.returncode == 0, done.stderr
+    assert SpuriousBasis.load(detect / "basis.safetensors").fingerprint() == straight
+
+
 @pytest.mark.parametrize("method", ["warm", "restarted"])
 def test_an_interrupted_detection_goes_on_behind_its_last_round(organism, tmp_path, method):
     """Killed in the middle of a round, started again: the same basis as without the interruption."""

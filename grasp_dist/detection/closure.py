@@ -1,4 +1,4 @@
-"""Residual-stream directions -> a basis per parameter, closed over frozen neighbours (DESIGN section 2). Ours.
+"""Residual-stream directions -> a basis per parameter, closed over frozen neighbours. Ours.
 
 A direction u of the residual stream is written by every module that adds to it, so each of those gets u itself. With
 o_proj or down_proj blocked, or frozen, a fine-tune can still write u through them, by changing what they are fed:

@@ -14,7 +14,8 @@ interrupted detection continues behind its last finished round. LoRA factors are
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from grasp_dist.detection.svd import low_rank_svd
 from grasp_dist.errors import InputError
 from grasp_dist.manifest import write_json
 from grasp_dist.projection import GraspProjector
-from grasp_dist.training.checkpoints import load_checkpoint, save_checkpoint
+from grasp_dist.training.checkpoints import is_valid, load_checkpoint, save_checkpoint
 from grasp_dist.training.data import Example
 from grasp_dist.training.loop import LoopState, num_steps, train
 from grasp_dist.training.model import reset_adapter
@@ -38,7 +39,7 @@ from grasp_dist.training.recorder import Recorder
 __all__ = ["deflate", "leading_directions"]
 
 _ADAPTER = "default"
-_COMMITTED = "committed.json"
+_COMMITTED, _NEW, _STATE = "committed.json", "new.safetensors", "state"
 # An update whose largest singular value is below this share of the largest of all weights points nowhere.
 _NOTHING_LEARNT = 1e-6
 
@@ -76,7 +77,7 @@ def _warm(search: _Search, examples: list[Example], training: TrainingConfig, re
 
     def on_start(state: LoopState) -> None:
         if done:
-            folder = search.round_folder(done) / "state"
+            folder = search.round_folder(done) / _STATE
             state.restore(load_checkpoint(folder, search.model, state.optimizer, projector, search.parallel))
 
     def on_step(step: int, state: LoopState) -> None:
@@ -85,7 +86,7 @@ def _warm(search: _Search, examples: list[Example], training: TrainingConfig, re
         number = step // per_round
         projector.extend(search.add_round(number))
         if number < detect.rounds:
-            folder = search.round_folder(number) / "state"
+            folder = search.round_folder(number) / _STATE
             save_checkpoint(folder, search.model, state.optimizer, projector, state.extra(), search.parallel)
         search.commit(number)
         recorder.event(f"round {number} of {detect.rounds}: {len(search.rounds[-1])} weights gained directions")
@@ -107,7 +108,10 @@ def _warm(search: _Search, examples: list[Example], training: TrainingConfig, re
 
 def _restarted(search: _Search, examples: list[Example], training: TrainingConfig, recorder: Recorder) -> None:
     detect = search.detect
-    for number in range(search.resume() + 1, detect.rounds + 1):
+    steps = detect.steps_per_round or 60
+    done = search.resume()
+    recorder.skip(done * steps)
+    for number in range(done + 1, detect.rounds + 1):
         seed = detect.seed + number - 1
         reset_adapter(search.model, seed, search.parallel)
         projector = GraspProjector(search.model, search.combined()) if search.rounds else None
@@ -117,7 +121,7 @@ def _restarted(search: _Search, examples: list[Example], training: TrainingConfi
             training,
             search.parallel,
             seed=seed,
-            steps=detect.steps_per_round or 60,
+            steps=steps,
             recorder=recorder,
             projector=projector,
         )
@@ -137,30 +141,49 @@ class _Search:
         return self.folder / f"round-{number:03d}"
 
     def resume(self) -> int:
-        """Open the rounds that were committed before an interruption; returns how many."""
-        while len(self.rounds) < self.detect.rounds:
-            folder = self.round_folder(len(self.rounds) + 1)
-            if not (folder / _COMMITTED).exists():
-                break
-            self.rounds.append(SpuriousBasis.load(folder / "new.safetensors"))
-        return len(self.rounds)
+        """Open the rounds that can be continued from after an interruption; returns how many.
+
+        Those are the committed ones, up to the last whose training state is whole (a restarted search has none). What
+        lies behind them is removed, to be made again. Rank 0 looks; collective.
+        """
+        done = 0
+        if self.parallel.is_main:
+            while done < self.detect.rounds and (self.round_folder(done + 1) / _COMMITTED).exists():
+                done += 1
+            if self.detect.method == "warm" and done < self.detect.rounds:
+                while done and not is_valid(self.round_folder(done) / _STATE):
+                    done -= 1
+            for number in range(done + 1, self.detect.rounds + 1):
+                shutil.rmtree(self.round_folder(number), ignore_errors=True)
+        done = self.parallel.broadcast_object(done)
+        self.rounds = [SpuriousBasis.load(self.round_folder(number) / _NEW) for number in range(1, done + 1)]
+        return done
 
     def add_round(self, number: int) -> SpuriousBasis:
         """Write the leading directions of the adapter's present update, and open them on every rank."""
-        path = self.round_folder(number) / "new.safetensors"
+        path = self.round_folder(number) / _NEW
         found = leading_directions(
             self.model, side=self.detect.side, count=self.detect.directions_per_round, keep=self.parallel.is_main
         )
-        if found is not None:
-            found.save(path)
-        self.parallel.barrier()
+        self._on_main(lambda: found.save(path) if found is not None else None)
         self.rounds.append(SpuriousBasis.load(path))
         return self.rounds[-1]
 
     def commit(self, number: int) -> None:
+        """Make the round one that can be continued from. Training states but the last two are removed."""
+        self._on_main(lambda: write_json(self.round_folder(number) / _COMMITTED, {"round": number}))
+        if self.parallel.is_main and number > 2:
+            shutil.rmtree(self.round_folder(number - 2) / _STATE, ignore_errors=True)
+
+    def _on_main(self, write: Callable[[], None]) -> None:
+        """Let rank 0 write; if it cannot, every rank raises."""
+        error = None
         if self.parallel.is_main:
-            write_json(self.round_folder(number) / _COMMITTED, {"round": number})
-        self.parallel.barrier()
+            try:
+                write()
+            except InputError as caught:
+                error = caught
+        self.parallel.share_error(error)
 
     def combined(self, provenance: dict[str, Any] | None = None) -> SpuriousBasis:
         """All rounds as one basis, columns in order of discovery. A round's directions are orthogonal to the earlier
@@ -198,7 +221,7 @@ def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = 
         if not keep:
             continue
         left, sigma, right = low_rank_svd(a, b, scale)
-        take = min(count, sigma.numel())
+        take = max(1, min(count, int((sigma > _NOTHING_LEARNT * sigma[0]).sum())))
         values[weight] = sigma[:take]
         energy = sigma.double().square()
         shares[weight] = float(energy[:take].sum() / energy.sum().clamp_min(1e-300))
@@ -214,7 +237,7 @@ def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = 
         raise InputError(
             "detection found no direction: the probe fine-tune changed no weight; raise training.learning_rate"
         )
-    moved = {weight for weight, sigma in values.items() if float(sigma[-1]) > _NOTHING_LEARNT * largest}
+    moved = {weight for weight, sigma in values.items() if float(sigma[0]) > _NOTHING_LEARNT * largest}
     return SpuriousBasis.from_tensors(
         {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] in moved},
         singular_values={weight: values[weight] for weight in moved},

@@ -6,7 +6,7 @@ directions that training must not change W along. Any dtype; `None` for a side t
 Suffixes: O output, I input, W write directions, R read directions, K directions of a LoRA factor.
 
 Source: gradient projection is GRASP (Gilligan-Lee, Egan, Zhu, O'Riordan, arXiv 2605.27676); which sides, and pinning,
-are ours (docs: the design, section 2).
+are ours (docs/choices.md).
 """
 
 from __future__ import annotations

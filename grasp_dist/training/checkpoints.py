@@ -31,7 +31,7 @@ from grasp_dist.training.parallel import Parallel
 if TYPE_CHECKING:
     from grasp_dist.projection import GraspProjector
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["is_valid", "load_checkpoint", "save_checkpoint"]
 
 _FORMAT = 1
 _MARKER = "checkpoint.json"
@@ -55,6 +55,15 @@ def save_checkpoint(
     tensors = _tensors(model, optimizer, projector)
     _attempt(parallel, folder, lambda: _write(tensors, folder, parallel))
     _attempt(parallel, folder, (lambda: _commit(folder, extra, parallel)) if parallel.is_main else None)
+
+
+def is_valid(folder: str | Path) -> bool:
+    """Whether `folder` holds a finished checkpoint whose files are as they were written. Reads all of them; local."""
+    try:
+        _validated(Path(folder))
+    except InputError:
+        return False
+    return True
 
 
 def load_checkpoint(

@@ -181,7 +181,8 @@ def _step(
     if state.projector is not None:
         state.projector.project_gradients()
     totals = parallel.sum_(torch.stack([loss_sum, squared_norm(state.optimizer, parallel.device)]))
-    loss_value, norm = float(totals[0]), math.sqrt(float(totals[1]))
+    loss_value, squared = totals.tolist()
+    norm = math.sqrt(squared) if squared >= 0 else math.nan
     if not math.isfinite(loss_value) or not math.isfinite(norm):
         raise InputError(
             f"step {state.step + 1}: the loss is {loss_value} and the gradient norm {norm}; the weights are as before "

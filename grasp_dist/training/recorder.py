@@ -48,11 +48,15 @@ class Recorder:
         if not self._active:
             return
         if self._file is None:
-            self._open(first_step)
+            self._open(self._offset + first_step)
         else:
             self._offset = self._last
         self._steps, self._log_every = self._offset + steps, log_every
         self._show(first_step)
+
+    def skip(self, steps: int) -> None:
+        """Runs of `steps` steps in all were recorded here before, by a process that was interrupted; call it first."""
+        self._offset = steps
 
     def log(self, step: int, **metrics: float) -> None:
         """Record a step of the present run, counted from 1."""

@@ -1,6 +1,6 @@
 """FSDP2: DTensors on a one-dimensional mesh, Shard(0), Shard(1) or replicated; uneven and empty shards included.
 
-Only local tensors are touched: DTensor arithmetic would gather (see the design, section 3).
+Only local tensors are touched: DTensor arithmetic would gather.
 """
 
 from __future__ import annotations
