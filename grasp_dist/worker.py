@@ -30,6 +30,8 @@ def run_worker(config: RunConfig, stages: tuple[str, ...], *, prepared: bool = T
     except InputError as error:
         if _first(said):
             print(f"error: {error}", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        os._exit(130)  # the process that started the group says so
     except Exception:
         if not said.exists():
             raise
