@@ -16,7 +16,7 @@ __all__ = ["main", "run_worker"]
 
 
 def run_worker(config: RunConfig, stages: tuple[str, ...], *, prepared: bool = True, dry_run: bool = False) -> None:
-    """Do the stages' work as one of the group's processes.
+    """Do the stages' work as one of the group's processes, and end the process.
 
     An `InputError` ends the process with code 2, at once, since the others may be waiting for it in a collective; the
     first of the machine to have one prints it. The others then end silently, whatever their broken connections raise.
@@ -36,7 +36,11 @@ def run_worker(config: RunConfig, stages: tuple[str, ...], *, prepared: bool = T
         if not said.exists():
             raise
     else:
-        return
+        # Not sys.exit: a thread of gloo that is still there when the interpreter ends aborts the process now and then
+        # (seen with torch 2.13), and finished work would look failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     os._exit(2)
 
 

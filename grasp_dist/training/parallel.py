@@ -81,6 +81,7 @@ class Parallel:
     def close(self) -> None:
         """End the process group, if `init_parallel` made it. Safe to call twice."""
         if self.owns_group and dist.is_initialized():
+            self.mesh = None  # it holds the group, whose threads would else outlive it into the interpreter's end
             dist.destroy_process_group()
         self.owns_group = False
 
