@@ -8,8 +8,9 @@ from pathlib import Path
 from grasp_dist.basis import SpuriousBasis, model_reference
 from grasp_dist.config import RunConfig, TrainingConfig
 from grasp_dist.errors import InputError
+from grasp_dist.protected import check_basis
 
-__all__ = ["check_basis", "preflight"]
+__all__ = ["preflight"]
 
 # Rows that are tokenised to see that the data is usable; the whole set is read when training starts.
 _SAMPLE_ROWS = 256
@@ -76,38 +77,14 @@ def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: in
         _check_disk(config, sum(parameter.numel() for parameter in model.parameters()), full_fine_tunes)
 
 
-def check_basis(
-    basis: SpuriousBasis, shapes: dict[str, tuple[int, int]], *, rank: int | None = None, where: str
-) -> None:
-    """Raise `InputError` unless every weight of the basis is one of the model's, with the right size, and has the rank.
-
-    shapes: logical (out, in) of the model's linear weights by name.
-    """
-    import difflib
-
-    for weight in basis.weights:
-        if weight not in shapes:
-            near = difflib.get_close_matches(weight, list(shapes), n=1)
-            hint = f"; the nearest is {near[0]}" if near else ""
-            raise InputError(
-                f"{where} names {weight}, which is no linear weight of this model{hint}; detect a basis for this model"
-            )
-        for side, dim in zip(("write", "read"), shapes[weight], strict=True):
-            if side in basis.sides(weight) and basis.tensor_shape(weight, side)[-2] != dim:
-                raise InputError(
-                    f"{where} has directions of {basis.tensor_shape(weight, side)[-2]} numbers for the {side} side of "
-                    f"{weight}, whose shape is {shapes[weight]} (out, in); it belongs to another model"
-                )
-    if rank is not None:
-        basis.truncate(rank)
-
-
 def _check_given(
     config: RunConfig, path: str | None, shapes: dict[str, tuple[int, int]], *, rank: int | None, where: str
 ) -> None:
     """A basis that the user brings: its fit, its content, and the base model that it says it is of."""
     basis = SpuriousBasis.load(str(path))
-    check_basis(basis, shapes, rank=rank, where=where)
+    check_basis(basis, shapes, where=where)
+    if rank is not None:
+        basis.truncate(rank)
     basis.check()
     basis.check_model(**model_reference(config.model.path, config.model.revision))
 
