@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grasp_dist.basis import SpuriousBasis
     from grasp_dist.detection import detect_basis
-    from grasp_dist.errors import InputError
+    from grasp_dist.errors import InputError, NonFiniteError
     from grasp_dist.projection import GraspProjector
 
-__all__ = ["GraspProjector", "InputError", "SpuriousBasis", "detect_basis"]
+__all__ = ["GraspProjector", "InputError", "NonFiniteError", "SpuriousBasis", "detect_basis"]
 
 _HOMES = {
     "GraspProjector": "grasp_dist.projection",
     "InputError": "grasp_dist.errors",
+    "NonFiniteError": "grasp_dist.errors",
     "SpuriousBasis": "grasp_dist.basis",
     "detect_basis": "grasp_dist.detection",
 }

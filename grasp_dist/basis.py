@@ -196,16 +196,16 @@ class SpuriousBasis:
             self._checked.add(key)
         return columns
 
-    def rows(self, weight: str, side: str, start: int, stop: int) -> Tensor:
+    def rows(self, weight: str, side: str, start: int, stop: int, *, experts: tuple[int, int] | None = None) -> Tensor:
         """Rows start:stop of `tensor(weight, side)`: (stop - start, k), or (experts, stop - start, k) for stacked ones.
 
-        From a file, only these are read; checked to be finite. Raises `InputError` for non-finite content and
-        `IndexError` for rows that do not exist.
+        experts: (start, stop) of those wanted, None: all. From a file, only these are read; checked to be finite.
+        Raises `InputError` for non-finite content and `IndexError` for rows that do not exist.
         """
         entry = self._entry(weight, side)
         if not 0 <= start <= stop <= entry.shape[-2]:
             raise IndexError(f"rows {start}:{stop} of {weight}.{side}, which has {entry.shape[-2]}")
-        piece = entry.source.read(start, stop, entry.rank)
+        piece = entry.source.read(start, stop, entry.rank, slice(*experts) if experts else slice(None))
         if not torch.isfinite(piece).all():
             raise InputError(
                 f"basis {self._origin}: {weight}.{side} holds NaN or infinity in rows {start}:{stop}; detect it again"

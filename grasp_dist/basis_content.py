@@ -44,13 +44,17 @@ SPECTRUM = ".singular_values"
 ROUNDING = {torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
+ALL = slice(None)
+
+
 class Source(Protocol):
-    """Where a tensor's content comes from. `read` returns rows start:stop of the first `columns` columns, fp32, CPU."""
+    """Where a tensor's content comes from. `read` returns rows start:stop of the first `columns` columns, fp32, CPU; of
+    the chosen experts, where they are stacked."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
-    def read(self, start: int, stop: int, columns: int) -> Tensor: ...
+    def read(self, start: int, stop: int, columns: int, experts: slice = ALL) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class MemorySource:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    def read(self, start: int, stop: int, columns: int) -> Tensor:
-        return self.tensor[..., start:stop, :columns]
+    def read(self, start: int, stop: int, columns: int, experts: slice = ALL) -> Tensor:
+        whole = self.tensor[experts] if self.tensor.ndim == 3 else self.tensor
+        return whole[..., start:stop, :columns]
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,9 @@ class RandomSource:
     seed: int
     key: str
 
-    def read(self, start: int, stop: int, columns: int) -> Tensor:
-        return random_columns((*self.shape[:-1], columns), self.seed, self.key)[..., start:stop, :]
+    def read(self, start: int, stop: int, columns: int, experts: slice = ALL) -> Tensor:
+        drawn = random_columns((*self.shape[:-1], columns), self.seed, self.key)
+        return (drawn[experts] if drawn.ndim == 3 else drawn)[..., start:stop, :]
 
 
 @dataclass(frozen=True)
@@ -87,14 +93,16 @@ class FileSource:
     key: str
     shape: tuple[int, ...]
 
-    def read(self, start: int, stop: int, columns: int) -> Tensor:
-        if start == stop:
-            return torch.empty(*self.shape[:-2], 0, columns)
+    def read(self, start: int, stop: int, columns: int, experts: slice = ALL) -> Tensor:
+        stack = [experts] if len(self.shape) == 3 else []
+        sizes = [len(range(*chosen.indices(self.shape[0]))) for chosen in stack]
+        if start == stop or 0 in sizes:
+            return torch.empty(*sizes, stop - start, columns)
         try:
             with safe_open(self.path, framework="pt") as file:
                 piece = file.get_slice(self.key)
                 if tuple(piece.get_shape()) == self.shape:
-                    return piece[(..., slice(start, stop), slice(0, columns))]
+                    return piece[(*stack, slice(start, stop), slice(0, columns))]
         except (OSError, SafetensorError) as error:
             raise InputError(f"cannot read {self.key!r} from the basis {self.path}: {error}; detect it again") from None
         raise InputError(f"the basis {self.path} changed while it was in use ({self.key!r}); start the command again")

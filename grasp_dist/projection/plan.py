@@ -1,8 +1,8 @@
-"""The plan: fragments, basis rows, and the layout of the flat sketch buffers; built once, the same on every rank.
+"""The plan: what a pass does to every fragment, and the flat sketch buffers; built once, the same on every rank.
 
-Every sketch has a slot in a bucket. There is one bucket per process group to sum over, and one per device for what
-needs no sum; a pass is one all-reduce per bucket with a group. Building is collective: ranks compare a hash of the
-layout and a checksum of what each of them holds whole, and sum the Gram matrices of the sharded bases.
+There is one bucket per process group to sum over, and one per device for what needs no sum; a pass is one all-reduce
+per bucket with a group. Building is collective: ranks compare a hash of the layout and a checksum of what each of them
+holds whole, and sum the Gram matrices of the bases.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,59 +19,12 @@ from torch import Tensor
 
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.errors import InputError
-from grasp_dist.projection.adapters import make_fragment
-from grasp_dist.projection.fragments import Block
+from grasp_dist.projection.fragments import Block, Fragment
+from grasp_dist.projection.layout import BasisRows, Bucket, Buckets, Entry, lay_out
 from grasp_dist.projection.targets import Target
 from grasp_dist.subspaces import ORTHONORMAL_TOLERANCE
 
-__all__ = ["Bucket", "Entry", "Plan", "Slot", "build_plan", "sum_over_groups"]
-
-
-@dataclass
-class Bucket:
-    """One flat buffer: `numel` numbers on `device`, summed over `group` (None: already whole)."""
-
-    group: dist.ProcessGroup | None
-    device: torch.device
-    numel: int = 0
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where a sketch of shape (k, dim) lies: `bucket`, from `start`."""
-
-    bucket: int
-    start: int
-    shape: tuple[int, int]
-
-    def view(self, flats: Sequence[Tensor]) -> Tensor:
-        return flats[self.bucket].narrow(0, self.start, self.shape[0] * self.shape[1]).view(self.shape)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One protected parameter: its fragment, and the basis rows and sketch slots of its sides."""
-
-    target: Target
-    block: Block
-    left: Tensor | None
-    """(local rows, k), on the parameter's device."""
-    right: Tensor | None
-    """(local columns, k)."""
-    left_slot: Slot | None
-    """C = P^T M: (k, local columns)."""
-    right_slot: Slot | None
-    """D^T = Q^T M^T: (k, local rows)."""
-
-    def slots(self) -> Iterator[tuple[str, Slot, int, tuple[int, int] | None]]:
-        """(side of the basis, slot, length of the whole sketch, which part of it is here; None: all)."""
-        block = self.block
-        if self.left_slot is not None:
-            assert self.target.left is not None
-            yield self.target.left, self.left_slot, block.shape[1], block.columns if block.column_group else None
-        if self.right_slot is not None:
-            assert self.target.right is not None
-            yield self.target.right, self.right_slot, block.shape[0], block.rows if block.row_group else None
+__all__ = ["Plan", "build_plan", "sum_over_groups"]
 
 
 @dataclass
@@ -87,68 +40,34 @@ class Plan:
         return [torch.zeros(bucket.numel, dtype=self.dtype, device=bucket.device) for bucket in self.buckets]
 
     def bytes_reduced(self) -> int:
-        """Bytes that one pass hands to all-reduce, over all groups."""
+        """Bytes that one gradient pass hands to all-reduce, over all groups."""
         return sum(bucket.numel for bucket in self.buckets if bucket.group is not None) * self.dtype.itemsize
 
 
-def build_plan(targets: Sequence[Target], basis: SpuriousBasis | None) -> Plan:
-    """Collective. Raises `InputError` for tensors that no adapter handles, content that is not finite and orthonormal,
-    and ranks that do not plan the same."""
-    dtypes = {target.parameter.dtype for target in targets}
+def build_plan(
+    targets: Sequence[Target], fragments: Sequence[Fragment], basis: SpuriousBasis | None, *, spread: bool = False
+) -> Plan:
+    """Collective. spread: whether some rank has weights that this one lacks.
+
+    Raises `InputError` for content that is not finite and orthonormal, and for ranks that do not plan the same.
+    """
+    pairs = sorted(zip(targets, fragments, strict=True), key=lambda pair: pair[1].unit)
+    dtypes = {fragment.storage.weight().dtype for _, fragment in pairs}
     if torch.float64 in dtypes and len(dtypes) > 1:
         raise InputError("protected parameters mix float64 with lower precisions; use one precision")
     plan = Plan(torch.float64 if torch.float64 in dtypes else torch.float32)
-    builder = _Builder(plan, basis)
-    blocks = [make_fragment(target.name, target.parameter) for target in targets]
+    rows, buckets = BasisRows(basis, plan.dtype), Buckets()
     trouble: InputError | None = None
     try:
-        for target, block in zip(targets, blocks, strict=True):
-            plan.entries.append(builder.entry(target, block))
+        for target, fragment in pairs:
+            plan.entries.append(lay_out(target, fragment, rows, buckets))
     except InputError as error:  # one rank's rows may be damaged: the others must not wait for it
         trouble = error
-    _check_same(plan, targets, blocks, trouble)
+    _check_same(plan, pairs, trouble, spread)
     _check_orthonormal(plan)
+    _add_flags(plan, buckets, spread)
+    plan.buckets = buckets.all
     return plan
-
-
-class _Builder:
-    def __init__(self, plan: Plan, basis: SpuriousBasis | None) -> None:
-        self.plan, self.basis = plan, basis
-        self._buckets: dict[tuple[dist.ProcessGroup | None, torch.device], int] = {}
-        self._rows: dict[tuple[str, str, tuple[int, int], torch.device], Tensor] = {}
-
-    def entry(self, target: Target, block: Block) -> Entry:
-        device = block.local(target.parameter).device
-        left = self._read(target.weight, target.left, block.rows, device)
-        right = self._read(target.weight, target.right, block.columns, device)
-        rows, columns = block.size
-        return Entry(
-            target=target,
-            block=block,
-            left=left,
-            right=right,
-            left_slot=None if left is None else self._slot(block.row_group, device, (left.shape[1], columns)),
-            right_slot=None if right is None else self._slot(block.column_group, device, (right.shape[1], rows)),
-        )
-
-    def _read(self, weight: str, side: str | None, span: tuple[int, int], device: torch.device) -> Tensor | None:
-        if side is None:
-            return None
-        assert self.basis is not None
-        key = (weight, side, span, device)
-        if key not in self._rows:
-            rows = self.basis.rows(weight, side, *span)
-            self._rows[key] = rows.to(device, self.plan.dtype, copy=True, memory_format=torch.contiguous_format)
-        return self._rows[key]
-
-    def _slot(self, group: dist.ProcessGroup | None, device: torch.device, shape: tuple[int, int]) -> Slot:
-        index = self._buckets.setdefault((group, device), len(self._buckets))
-        if index == len(self.plan.buckets):
-            self.plan.buckets.append(Bucket(group, device))
-        bucket = self.plan.buckets[index]
-        slot = Slot(index, bucket.numel, shape)
-        bucket.numel += shape[0] * shape[1]
-        return slot
 
 
 def sum_over_groups(terms: Sequence[tuple[dist.ProcessGroup | None, Tensor]]) -> list[Tensor]:
@@ -166,20 +85,45 @@ def sum_over_groups(terms: Sequence[tuple[dist.ProcessGroup | None, Tensor]]) ->
     return results
 
 
-def _check_same(plan: Plan, targets: Sequence[Target], blocks: Sequence[Block], trouble: InputError | None) -> None:
-    layout = [
-        [target.name, block.shape, block.row_group is not None, block.column_group is not None, str(plan.dtype)]
-        + [None if side is None else list(side.shape[1:]) for side in (entry.left, entry.right)]
-        for target, block, entry in zip(targets, blocks, plan.entries, strict=False)
-    ]
-    digest = hashlib.sha256(json.dumps(layout).encode()).digest()
-    number = float(int.from_bytes(digest[:6], "big"))  # 48 bits: exact in float64
+def _add_flags(plan: Plan, buckets: Buckets, spread: bool) -> None:
+    """Give the ranks a number to agree by, where a non-finite value on one of them would not reach the others' sums."""
+    groups = {entry.tile_group for entry in plan.entries} - {None}
+    if spread or len(groups) > 1:
+        groups = {dist.group.WORLD}
+    elif all(_all_see(entry) for entry in plan.entries):
+        return
+    device = plan.entries[0].fragment.storage.weight().device if plan.entries else torch.device("cpu")
+    for group in groups:
+        bucket = buckets.all[buckets.index(group, device)]
+        bucket.flag = bucket.numel
+        bucket.numel += 1
+
+
+def _all_see(entry: Entry) -> bool:
+    """Whether every number of the fragment goes into a sketch that all ranks that share the stack sum."""
+    fragment, tile = entry.fragment, entry.tile_group
+    if tile is None:
+        return True
+    left, right = entry.target.left is not None, entry.target.right is not None
+    if isinstance(fragment, Block):
+        if left and right and fragment.both_group is tile:
+            return True
+        return (left and fragment.row_group is tile) or (right and fragment.column_group is tile)
+    return left and len(fragment.cut_experts) == fragment.shape[0]
+
+
+def _check_same(plan: Plan, pairs: Sequence[tuple[Target, Fragment]], trouble: InputError | None, spread: bool) -> None:
     checked: dict[dist.ProcessGroup, list[int]] = {}
-    for index, block in enumerate(blocks):
-        if block.check_group is not None:
-            checked.setdefault(block.check_group, []).append(index)
+    for index, (_, fragment) in enumerate(pairs):
+        # In a pipeline, the ranks of another stage have no copy of a plain tensor.
+        elsewhere = spread and fragment.check_group is dist.group.WORLD
+        if fragment.check_group is not None and not elsewhere:
+            checked.setdefault(fragment.check_group, []).append(index)
     for group, indices in checked.items():
-        device = blocks[indices[0]].local(targets[indices[0]].parameter).device
+        layout = [_signature(*pairs[index], str(plan.dtype)) for index in indices]
+        digest = hashlib.sha256(json.dumps(layout).encode()).digest()
+        number = float(int.from_bytes(digest[:6], "big"))  # 48 bits: exact in float64
+        device = pairs[indices[0]][1].storage.weight().device
         high, low, failed = _largest([number, -number, float(trouble is not None)], group, device)
         if failed:
             raise trouble or InputError("another rank cannot read its rows of the basis; its own message says why")
@@ -197,6 +141,15 @@ def _check_same(plan: Plan, targets: Sequence[Target], blocks: Sequence[Block], 
         raise trouble
 
 
+def _signature(target: Target, fragment: Fragment, dtype: str) -> list[object]:
+    """What must be equal on every rank."""
+    where = [target.name, target.left, target.right, target.shapes, list(fragment.shape), fragment.unit, dtype]
+    if isinstance(fragment, Block):
+        groups = fragment.row_group, fragment.column_group, fragment.tile_group
+        return [*where, [group is not None for group in groups]]
+    return [*where, list(fragment.cuts)]
+
+
 def _largest(values: list[float], group: dist.ProcessGroup, device: torch.device) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     try:
@@ -212,28 +165,64 @@ def _largest(values: list[float], group: dist.ProcessGroup, device: torch.device
 
 
 def _checksums(entry: Entry) -> list[float]:
-    """One number for each side that the rank holds whole, different for different columns."""
+    """One number for each side of which every rank holds all, different for different columns."""
+    if not isinstance(entry.fragment, Block) or entry.fragment.box.experts != (0, entry.fragment.shape[0]):
+        return []
+    (part,) = entry.parts
     sums = []
-    whole = ((entry.left, entry.block.row_group), (entry.right, entry.block.column_group))
+    whole = ((part.left, entry.fragment.row_group), (part.right, entry.fragment.column_group))
     for columns in (side for side, group in whole if side is not None and group is None):
         wide = columns.double()
-        rows, k = (torch.arange(n, dtype=torch.float64, device=wide.device).cos() for n in wide.shape)
-        sums.append((rows @ wide @ k).item())
+        experts, rows, k = (torch.arange(n, dtype=torch.float64, device=wide.device).cos() for n in wide.shape)
+        sums.append(torch.einsum("erk,e,r,k->", wide, experts, rows, k).item())
     return sums
 
 
 def _check_orthonormal(plan: Plan) -> None:
-    """P^T P = I for every basis, from partial sums over the ranks that share it."""
-    sides = []
+    """P^T P = I for every basis and expert, from partial sums over the ranks that share it."""
+    terms: list[tuple[dist.ProcessGroup | None, Tensor]] = []
+    names: list[tuple[str | None, str]] = []
     for entry in plan.entries:
-        sides.append((entry, entry.target.left, entry.left, entry.block.row_group))
-        sides.append((entry, entry.target.right, entry.right, entry.block.column_group))
-    present = [(entry, side, columns.double(), group) for entry, side, columns, group in sides if columns is not None]
-    grams = sum_over_groups([(group, columns.T @ columns) for _, _, columns, group in present])
-    for (entry, side, _, _), gram in zip(present, grams, strict=True):
-        error = (gram - torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)).abs().max().item()
+        for where in ("left", "right"):
+            if entry.side(where) is not None:
+                terms.append(_gram(entry, where))
+                names.append((entry.side(where), entry.target.weight))
+    for (side, weight), gram in zip(names, sum_over_groups(terms), strict=True):
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        error = (gram - eye).abs().max().item() if gram.numel() else 0.0
         if not error <= ORTHONORMAL_TOLERANCE or math.isnan(error):
             raise InputError(
-                f"the {side} columns of {entry.target.weight!r} are not orthonormal (|Q^T Q - I| is {error:.1e}, "
-                f"allowed {ORTHONORMAL_TOLERANCE:.0e}); orthonormalise them with torch.linalg.qr, or detect them again"
+                f"the {side} columns of {weight!r} are not orthonormal (|Q^T Q - I| is {error:.1e}, allowed "
+                f"{ORTHONORMAL_TOLERANCE:.0e}); orthonormalise them with torch.linalg.qr, or detect them again"
             )
+
+
+def _gram(entry: Entry, where: str) -> tuple[dist.ProcessGroup | None, Tensor]:
+    """This rank's share of P^T P, (experts or 1, k, k), fp64, and the ranks that hold the other shares."""
+    fragment = entry.fragment
+    if isinstance(fragment, Block):
+        (part,) = entry.parts
+        columns = part.left if where == "left" else part.right
+        assert columns is not None
+        wide = columns.double()
+        return fragment.row_group if where == "left" else fragment.column_group, wide.mT @ wide
+    target, experts = entry.target, fragment.shape[0]
+    shared = target.shared(where)
+    k = target.ranks(where)
+    device = fragment.storage.weight().device
+    gram = torch.zeros(1 if shared else experts, k, k, dtype=torch.float64, device=device)
+    for part in entry.parts:
+        columns = part.left if where == "left" else part.right
+        assert columns is not None
+        first, last = part.box.experts
+        if where == "left":
+            # The rank that has a row's first number counts it; of shared columns, those of the first expert.
+            if part.box.columns[0] > 0 or (shared and first > 0):
+                continue
+            wide = columns.double()
+            gram[slice(0, 1) if shared else slice(first, last)] += wide.mT @ wide
+        elif part.box.rows[0] == 0 and (not shared or first == 0):
+            # Every rank holds V whole; the ranks that have an expert's first row count it, each its part of that row.
+            wide = columns.double()
+            gram[slice(0, 1) if shared else slice(first, last)] += wide.mT @ wide
+    return fragment.group, gram

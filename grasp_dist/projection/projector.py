@@ -11,27 +11,30 @@ sharded, and has its adapters, and before training.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from grasp_dist.basis import SpuriousBasis
-from grasp_dist.errors import InputError
-from grasp_dist.projection.adapters import refuse_unsupported
-from grasp_dist.projection.attachment import check_ownership, unwrap_optimizer
+from grasp_dist.errors import InputError, NonFiniteError
+from grasp_dist.projection.adapters import recognise
 from grasp_dist.projection.pins import Pins, before_training
 from grasp_dist.projection.plan import Plan, build_plan
+from grasp_dist.projection.reference import project_gradient
 from grasp_dist.projection.residual import check_start, relative_residuals
 from grasp_dist.projection.runtime import Runtime
-from grasp_dist.projection.targets import Target, find_targets, find_unprotected
+from grasp_dist.projection.targets import Target, check_shapes, find_targets, find_unprotected, no_such_weight
 
 __all__ = ["GraspProjector"]
 
 _logger = logging.getLogger(__name__)
+
+_attached: weakref.WeakSet[GraspProjector] = weakref.WeakSet()
 
 
 class GraspProjector:
@@ -44,7 +47,7 @@ class GraspProjector:
     @torch.no_grad()
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Any,
         basis: SpuriousBasis | None,
         *,
         side: Literal["both", "write", "read"] | None = None,
@@ -54,7 +57,8 @@ class GraspProjector:
     ) -> None:
         """Plan the passes, record the pins, and project LoRA's A off the read side; collective.
 
-        model: plain, DDP, or FSDP2 (`fully_shard`), on its device, with its adapters.
+        model: on its device, with its adapters: plain, DDP, FSDP2 (`fully_shard`), HSDP, FSDP on top of tensor
+            parallelism, FSDP1, or a DeepSpeed engine or the module that it trains.
         basis: None protects nothing until `extend`.
         side: use this side of every weight; "both" demands both; None takes what the basis has.
         rank: the first `rank` directions of each weight (all, where it has fewer); None: all.
@@ -65,20 +69,23 @@ class GraspProjector:
         """
         if not gradient and not pin:
             raise InputError("gradient=False and pin=False leave nothing to do; switch one of them on")
-        refuse_unsupported(model)
-        self._model, self._side = model, side
-        self._gradient, self._pin = gradient, pin
-        self._optimizer: Optimizer | None = None
-        self._handles: list[Any] = []
-        self._gradient_done = False
+        self._framework = recognise(model)
+        self._side, self._gradient, self._pin = side, gradient, pin
+        self._optimizer: Any = None
+        self._unhook: Callable[[], None] = _nothing
+        self._looked_at: _Look | None = None
         self._begun = False
+        self.steps = 0
+        """Optimizer steps that the hooks have seen."""
         if basis is not None:
             basis = _select(basis, side)
             basis = basis if rank is None else basis.truncate(rank)
         self.basis = basis
         self._plan = self._make_plan(basis)
         self._runtime = Runtime(self._plan)
-        check_start(self._plan, self._runtime, _weights(self._plan))
+        self._units = {entry.fragment.unit for entry in self._plan.entries}
+        self._stepped: set[int] = set()
+        check_start(self._plan, self._runtime, _weights(self._plan), self._framework)
         self._pins = Pins(self._plan, self._runtime, _weights(self._plan))
         self._clear_factors()
         if self.unprotected and basis is not None and (not dist.is_initialized() or dist.get_rank() == 0):
@@ -87,42 +94,44 @@ class GraspProjector:
 
     # -- in the training loop
 
-    def attach(self, optimizer: Optimizer) -> None:
-        """Project before and pin after every `optimizer.step()`, through the optimizer's own hooks.
+    def attach(self, optimizer: Any) -> None:
+        """Project before and pin after every step, through the optimizer's own hooks.
 
-        optimizer: a torch optimizer, or Accelerate's wrapper of one, that holds every protected parameter. Raises
-        `InputError` for anything else, and when already attached.
+        optimizer: a torch optimizer, Accelerate's or Lightning's wrapper of one, or a DeepSpeed engine or its
+        optimizer, that holds every protected parameter. Raises `InputError` for anything else, when already attached,
+        and when another projector that is attached protects the same parameters.
         """
         if self._optimizer is not None:
             raise InputError("this projector is attached already; call detach() first")
-        optimizer = unwrap_optimizer(optimizer)
-        check_ownership(optimizer, _targets(self._plan))
+        self._check_owned(optimizer, self._plan)
+        if any(_innermost(other._optimizer) is _innermost(optimizer) for other in _attached):
+            raise InputError(
+                "another projector is attached to this optimizer; call its detach() first, or join the two bases "
+                "(SpuriousBasis.union)"
+            )
+        self._unhook = self._framework.hook(optimizer, self._before_step, self._after_step)
         self._optimizer = optimizer
-        self._handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+        _attached.add(self)
 
     @torch.no_grad()
-    def project_gradients(self) -> None:
+    def project_gradients(self) -> bool:
         """Project the gradients now; collective. Call it before gradient clipping: the next step does not do it again.
 
-        Without this call the hook projects, after clipping. Nothing happens with gradient=False.
+        Without this call the hook projects: before clipping with DeepSpeed, after it elsewhere. With fp16, call it
+        after `scaler.unscale_(optimizer)`, or not at all. Returns whether the gradients are finite on all ranks; if
+        not, none of them was changed, and a step that nobody else leaves out raises `NonFiniteError`. With
+        gradient=False it only looks.
         """
-        if not self._gradient:
-            return
-        sources = []
-        for entry in self._plan.entries:
-            gradient = entry.target.parameter.grad
-            sources.append(None if gradient is None else entry.block.local(gradient))
-        self._runtime.run(sources)
-        self._gradient_done = True
+        gradients = [entry.fragment.storage.gradient() for entry in self._plan.entries]
+        finite = self._runtime.project(gradients, apply=self._gradient)
+        self._looked_at = _Look(self._plan, finite)
+        return finite
 
     def detach(self) -> None:
         """Take the hooks off the optimizer; the weights stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._optimizer = [], None
+        self._unhook()
+        self._unhook, self._optimizer = _nothing, None
+        _attached.discard(self)
 
     @torch.no_grad()
     def extend(self, more: SpuriousBasis, *, initial: Mapping[str, Tensor] | None = None) -> None:
@@ -138,7 +147,7 @@ class GraspProjector:
         basis = more if self.basis is None else self.basis.union(more)
         plan = self._make_plan(basis)
         if self._optimizer is not None:
-            check_ownership(self._optimizer, _targets(plan))
+            self._check_owned(self._optimizer, plan)
         sources: list[Tensor | None] = list(_weights(plan))
         if self._begun:
             grown = [self._pins.gains(entry) for entry in plan.entries]
@@ -148,13 +157,17 @@ class GraspProjector:
             ]
         runtime = Runtime(plan)
         if not self._begun:
-            check_start(plan, runtime, _weights(plan))
+            check_start(plan, runtime, _weights(plan), self._framework)
         pins = Pins(plan, runtime, sources)
         pins.carry_over(self._pins)
         self.basis, self._plan, self._runtime, self._pins = basis, plan, runtime, pins
+        self._units, self._looked_at = {entry.fragment.unit for entry in plan.entries}, None
         self._clear_factors()
         if self._pin and self._begun:
-            self._restore()
+            self._runtime.restore(_weights(self._plan), self._pins.flats)
+            for entry in self._plan.entries:
+                if entry.fragment.storage.publish is not None:
+                    entry.fragment.storage.publish()
 
     # -- looking
 
@@ -179,7 +192,7 @@ class GraspProjector:
     @property
     def unprotected(self) -> tuple[str, ...]:
         """Linear weights that train, themselves or by LoRA, without any direction in the basis."""
-        return find_unprotected(self._model, self.basis)
+        return find_unprotected(self._framework.module, self.basis, self._framework.shape)
 
     @property
     def bytes_per_pass(self) -> int:
@@ -217,31 +230,106 @@ class GraspProjector:
     # -- inside
 
     def _make_plan(self, basis: SpuriousBasis | None) -> Plan:
-        targets: list[Target] = [] if basis is None else find_targets(self._model, basis)
-        if basis is not None and not targets:
+        module, shape = self._framework.module, self._framework.shape
+        if basis is None:
+            return build_plan([], [], None)
+        targets, missing = find_targets(module, basis, shape)
+        elsewhere = _missing_on_some_rank(missing)
+        if nowhere := [weight for weight in missing if weight not in elsewhere]:
+            raise no_such_weight(module, nowhere[0], shape)
+        if not targets and not elsewhere:
             raise InputError(
                 f"none of the {len(basis)} weights of the basis is trained, by itself or by LoRA (the first is "
                 f"{basis.weights[0]!r}); train modules that the basis covers, or detect a basis for those that are"
             )
-        return build_plan(targets, basis)
+        fragments = [self._framework.fragment(target.name, target.parameter) for target in targets]
+        for target, fragment in zip(targets, fragments, strict=True):
+            check_shapes(target, fragment.shape)
+        return build_plan(targets, fragments, basis, spread=bool(elsewhere))
 
-    def _restore(self) -> None:
-        self._runtime.run(_weights(self._plan), self._pins.flats)
+    def _check_owned(self, optimizer: Any, plan: Plan) -> None:
+        owned = self._framework.owned(optimizer)
+        missing = [target.name for target in _targets(plan) if id(target.parameter) not in owned]
+        if missing:
+            raise InputError(
+                f"the optimizer does not hold {missing[0]!r} ({len(missing)} of {len(plan.entries)} protected "
+                "parameters are missing); build the projector and the optimizer from the same model, after sharding it"
+            )
 
     def _clear_factors(self) -> None:
         """A V = 0 and U^T B = 0; full weights are not touched."""
+        entries = [entry for entry in self._plan.entries if entry.target.is_factor]
         weights = zip(self._plan.entries, _weights(self._plan), strict=True)
-        self._runtime.run([weight if entry.target.is_factor else None for entry, weight in weights])
+        self._runtime.restore([weight if entry.target.is_factor else None for entry, weight in weights])
+        for entry in entries:
+            storage, target = entry.fragment.storage, entry.target
+            if storage.publish is not None:
+                storage.publish()
+            for copy in storage.copies():
+                assert self.basis is not None
+                sides = [
+                    self.basis.tensor(target.weight, side) if side else None for side in (target.left, target.right)
+                ]
+                on = [None if side is None else side.to(copy.device) for side in sides]
+                copy.copy_(project_gradient(copy.float(), *on))
 
-    def _before_step(self, *_: Any) -> None:
-        if not self._gradient_done:
-            self.project_gradients()
+    def _before_step(self) -> None:
+        look = self._looked_at
+        finite = look.finite if look is not None and look.holds(self._plan) else self.project_gradients()
+        self._looked_at = None
+        if not finite and not self._framework.handles_overflow(self._optimizer):
+            raise NonFiniteError(
+                f"a gradient is NaN or infinite on some rank at step {self.steps + 1}; nothing was changed: zero the "
+                "gradients and go on with the next batch, or look for the cause (learning rate, loss, data)"
+            )
 
     @torch.no_grad()
-    def _after_step(self, *_: Any) -> None:
-        self._gradient_done, self._begun = False, True
+    def _after_step(self, unit: int) -> None:
         if self._pin:
-            self._restore()
+            self._runtime.restore(_weights(self._plan), self._pins.flats, unit if len(self._units) > 1 else None)
+        self._begun = True
+        self._stepped.add(unit)
+        if self._stepped >= self._units:
+            self.steps += 1
+            self._stepped = set()
+
+
+class _Look:
+    """What a pass over the gradients found, and for which gradients."""
+
+    def __init__(self, plan: Plan, finite: bool) -> None:
+        self.finite = finite
+        # One of them stands for all: a loop that has left a step out (GradScaler) comes with new ones. ZeRO's
+        # parameters have none.
+        self._sample = next((gradient for gradient in _gradients(plan) if gradient is not None), None)
+
+    def holds(self, plan: Plan) -> bool:
+        return any(gradient is self._sample for gradient in _gradients(plan))
+
+
+def _gradients(plan: Plan) -> list[Tensor | None]:
+    return [entry.target.parameter.grad for entry in plan.entries]
+
+
+def _nothing() -> None:
+    pass
+
+
+def _innermost(optimizer: Any) -> Any:
+    """The torch optimizer inside an engine or wrappers."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer
+
+
+def _missing_on_some_rank(missing: list[str]) -> set[str]:
+    """Weights that some rank lacks and another holds, as in a pipeline; collective."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return set()
+    everywhere: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, missing)
+    counts = Counter(weight for names in everywhere for weight in set(names))
+    return {weight for weight, count in counts.items() if count < len(everywhere)}
 
 
 def _targets(plan: Plan) -> list[Target]:
@@ -250,7 +338,7 @@ def _targets(plan: Plan) -> list[Target]:
 
 def _weights(plan: Plan) -> list[Tensor]:
     """This rank's pieces, resolved anew at each pass: frameworks may replace the storage of a parameter."""
-    return [entry.block.local(entry.target.parameter) for entry in plan.entries]
+    return [entry.fragment.storage.weight() for entry in plan.entries]
 
 
 def _select(basis: SpuriousBasis, side: str | None) -> SpuriousBasis:

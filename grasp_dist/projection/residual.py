@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from grasp_dist.errors import InputError
-from grasp_dist.projection.adapters import make_fragment
+from grasp_dist.projection.adapters import Framework
+from grasp_dist.projection.fragments import Block
 from grasp_dist.projection.pins import Pins
 from grasp_dist.projection.plan import Plan, sum_over_groups
 from grasp_dist.projection.runtime import Runtime
@@ -20,25 +23,26 @@ _Term = tuple[dist.ProcessGroup | None, Tensor]
 _START_TOLERANCE = {torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
-def relative_residuals(plan: Plan, runtime: Runtime, weights: list[Tensor], pins: Pins | None) -> list[float]:
-    """max(|P^T M - C0|, |M Q - D0|) / |M| of every entry, Frobenius norms, 0 for 0 / 0; collective, equal on all ranks.
+def relative_residuals(plan: Plan, runtime: Runtime, weights: Sequence[Tensor], pins: Pins | None) -> list[float]:
+    """max(|P^T M - C0|, |M Q - D0|) / |M| of every entry, Frobenius norms over the whole stack, 0 for 0 / 0;
+    collective, equal on all ranks that share it.
 
     weights: the local pieces; pins None: zero.
     """
     deltas = runtime.sketch(weights, None if pins is None else pins.flats)
     terms: list[_Term] = []
     for entry, weight in zip(plan.entries, weights, strict=True):
-        rows, columns = entry.block.row_group, entry.block.column_group
-        terms.append((rows or columns, _square(weight)))
-        # A sketch is whole along what it was summed over, and cut like the matrix along its own dimension.
-        for slot, group in ((entry.left_slot, columns), (entry.right_slot, rows)):
-            terms.append((group, _square(weight[:0] if slot is None else slot.view(deltas))))
+        terms.append((entry.tile_group, _square(weight)))
+        for where in ("left", "right"):
+            owned = [piece.view.of(deltas) for piece in entry.pieces.get(where, ()) if piece.owned]
+            total = torch.stack([_square(view) for view in owned]).sum() if owned else _square(weight[:0])
+            terms.append((entry.tile_group, total))
     norms = [value.item() ** 0.5 for value in sum_over_groups(terms)]
     triples = zip(norms[0::3], norms[1::3], norms[2::3], strict=True)
     return [_ratio(max(left, right), norm) for norm, left, right in triples]
 
 
-def check_start(plan: Plan, runtime: Runtime, weights: list[Tensor]) -> None:
+def check_start(plan: Plan, runtime: Runtime, weights: Sequence[Tensor], framework: Framework) -> None:
     """Raise `InputError` for a LoRA adapter that starts with an update along the blocked directions; collective.
 
     A may be anything where B is zero: to project it then changes no output.
@@ -47,10 +51,11 @@ def check_start(plan: Plan, runtime: Runtime, weights: list[Tensor]) -> None:
     for entry in plan.entries:
         partner = entry.target.partner
         if partner is None:
-            terms.append((None, torch.tensor(torch.inf)))
+            terms.append((None, torch.tensor(torch.inf, dtype=torch.float64)))
         else:
-            block = make_fragment(entry.target.name, partner)
-            terms.append((block.row_group or block.column_group, _square(block.local(partner))))
+            fragment = framework.fragment(entry.target.name, partner)
+            group = fragment.tile_group if isinstance(fragment, Block) else fragment.group
+            terms.append((group, _square(fragment.storage.weight())))
     partners = [value.item() for value in sum_over_groups(terms)]
     residuals = relative_residuals(plan, runtime, weights, None)
     for entry, off, partner_norm in zip(plan.entries, residuals, partners, strict=True):

@@ -1,18 +1,20 @@
 """The runtime: sketch everything into flat buffers, one all-reduce per process group, apply. Local operations only.
 
-For a fragment M (r, c) with basis rows P (r, k_l) and Q (c, k_r):
+For a box M (r, c) of a fragment, with basis rows P (r, k_l) and Q (c, k_r):
 
     sketch   C = P^T M,  D^T = Q^T M^T           summed over the ranks that hold the other rows (C) or columns (D)
     minus the pins, in a pin pass                (a gradient's pins are zero)
-    apply    M <- M - P (C - E Q^T) - D Q^T      E = C Q, or P^T D: from whichever of C and D is whole on the rank
+    apply    M <- M - P (C - E Q^T) - D Q^T      E = C Q, P^T D, or a sum of its own: see `layout.Overlap`
 
-Arithmetic is fp32 (fp64 for fp64 parameters) and never TF32. Half-precision tensors pass through a bounded scratch
-buffer, a few rows at a time, and are rounded once; nothing of a weight's size is allocated.
+A group's all-reduce is started as soon as its sketches are made and travels while the others are made; what needs no
+sum is sketched and applied meanwhile. Arithmetic is fp32 (fp64 for fp64 parameters) and never TF32. Half-precision
+tensors pass through a bounded scratch buffer and are rounded once; nothing of a weight's size is allocated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,58 +22,145 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grasp_dist.projection.plan import Entry, Plan
+from grasp_dist.projection.fragments import Interval, Span
+from grasp_dist.projection.layout import Entry, Overlap, Part, View
+from grasp_dist.projection.plan import Plan
 
 __all__ = ["SCRATCH_NUMEL", "Runtime"]
 
 SCRATCH_NUMEL = 1 << 22
 """Numbers in the scratch buffer for half-precision tensors (16 MB in fp32); a longer row makes it longer."""
 
+Source = Tensor | None
+"""A fragment's local storage; None stands for zeros that are left alone (this rank has no gradient), and the rank still
+takes part in the sums."""
+
 
 class Runtime:
-    """Executes a plan. `sources` are one local 2-D tensor per entry, in the plan's order; None stands for zeros that
-    are left alone (this rank has no gradient), and the rank still takes part in the sums."""
+    """Executes a plan. `sources` are one per entry, in the plan's order."""
 
     def __init__(self, plan: Plan) -> None:
         self.flats = plan.new_flats()
-        self._scratch: dict[torch.device, Tensor] = {}
-        self._steps = [_Step(entry, self.flats, plan.dtype, self._scratch) for entry in plan.entries]
-        self._reduced = [
-            (flat, bucket.group)
-            for flat, bucket in zip(self.flats, plan.buckets, strict=True)
-            if bucket.group is not None
-        ]
         self._devices = {bucket.device.type for bucket in plan.buckets}
+        scratch = _Scratch(plan.dtype)
+        entries = [_Entry(entry, self.flats, plan, scratch) for entry in plan.entries]
+        units = {entry.fragment.unit for entry in plan.entries}
+        self._all = _Pass(plan, entries, self.flats, None)
+        self._of_unit = {unit: _Pass(plan, entries, self.flats, unit) for unit in units}
 
     @torch.no_grad()
-    def run(self, sources: Sequence[Tensor | None], pins: Sequence[Tensor] | None = None) -> None:
-        """One pass, in place: project the sources, or with `pins` (one flat tensor per bucket) restore those."""
+    def project(self, gradients: Sequence[Source], *, apply: bool = True) -> bool:
+        """Project in place, unless a number is not finite on any rank: then nothing is changed, and False returned,
+        on all ranks alike. apply False: only look."""
         with full_precision(self._devices):
-            self._sketch(sources)
-            if pins is not None:
-                self._subtract(pins)
-            for step, source in zip(self._steps, sources, strict=True):
-                if source is not None:
-                    step.apply(source)
+            self._all.sketch(gradients, flags=True)
+            finite = self._all.finite()
+            if finite and apply:
+                self._all.apply(gradients)
+        return finite
 
     @torch.no_grad()
-    def sketch(self, sources: Sequence[Tensor | None], pins: Sequence[Tensor] | None = None) -> list[Tensor]:
+    def restore(self, weights: Sequence[Source], pins: Sequence[Tensor] | None = None, unit: int | None = None) -> None:
+        """Restore the pins (one flat tensor per bucket; None: zeros) in place, of one unit or of all."""
+        chosen = self._all if unit is None else self._of_unit.get(unit)
+        if chosen is None:
+            return
+        with full_precision(self._devices):
+            chosen.sketch(weights)
+            if pins is not None:
+                chosen.subtract(pins)
+            chosen.apply(weights)
+
+    @torch.no_grad()
+    def sketch(self, sources: Sequence[Source], pins: Sequence[Tensor] | None = None) -> list[Tensor]:
         """The summed sketches, less `pins`, as flat tensors that the next call overwrites."""
         with full_precision(self._devices):
-            self._sketch(sources)
+            self._all.sketch(sources)
             if pins is not None:
-                self._subtract(pins)
+                self._all.subtract(pins)
         return self.flats
 
-    def _sketch(self, sources: Sequence[Tensor | None]) -> None:
-        for step, source in zip(self._steps, sources, strict=True):
-            step.sketch(source)
-        for flat, group in self._reduced:
-            dist.all_reduce(flat, group=group)
 
-    def _subtract(self, pins: Sequence[Tensor]) -> None:
-        for flat, pin in zip(self.flats, pins, strict=True):
-            flat.sub_(pin)
+class _Pass:
+    """The work of one unit, or of all: which entries, in which order, and which numbers of the flats."""
+
+    def __init__(self, plan: Plan, entries: Sequence[_Entry], flats: list[Tensor], unit: int | None) -> None:
+        self._flats = flats
+        self._groups = [bucket.group for bucket in plan.buckets]
+        self._flags = {number: bucket.flag for number, bucket in enumerate(plan.buckets) if bucket.flag is not None}
+        self._spans: list[Span] = []
+        for bucket in plan.buckets:
+            sketches = (0, bucket.numel if bucket.flag is None else bucket.flag)
+            self._spans.append(sketches if unit is None else bucket.units.get(unit, (0, 0)))
+        self._entries = [
+            (index, entry)
+            for index, entry in enumerate(entries)
+            if unit is None or plan.entries[index].fragment.unit == unit
+        ]
+        # Bucket by bucket: first what completes its sums, so that they can leave.
+        self._order: list[tuple[int, list[tuple[int, _Entry]]]] = []
+        done: set[int] = set()
+        for number, group in enumerate(self._groups):
+            if group is not None:
+                members = [(i, entry) for i, entry in self._entries if number in entry.summed_in and i not in done]
+                done |= {index for index, _ in members}
+                self._order.append((number, members))
+        self._zeroed = sorted({number for _, entry in self._entries for number in entry.adds_to})
+
+    def sketch(self, sources: Sequence[Source], *, flags: bool = False) -> None:
+        for number in self._zeroed:
+            self._view(number).zero_()
+        flagged = self._flags if flags else {}
+        pending: list[Any] = []
+        seen: list[Tensor] = []
+        for number, members in self._order:
+            for index, entry in members:
+                entry.sketch_summed(sources[index])
+            if number not in flagged:
+                if flagged:
+                    seen.append(self._view(number).sum())
+                pending.append(self._launch(number))
+        for index, entry in self._entries:
+            entry.sketch_local(sources[index])
+        if flagged:
+            seen += [self._view(number).sum() for number, group in enumerate(self._groups) if group is None]
+        for number, flag in flagged.items():
+            # 0 where everything that this rank has sketched is finite, else NaN
+            self._flats[number][flag] = sum(total.to(self._flats[number].device) for total in seen) * 0
+            pending.append(self._launch(number, flag=True))
+        for work in pending:
+            if work is not None:
+                work.wait()
+
+    def subtract(self, pins: Sequence[Tensor]) -> None:
+        for number, pin in enumerate(pins):
+            start, stop = self._spans[number]
+            if stop > start:
+                self._view(number).sub_(pin[start:stop])
+
+    def apply(self, sources: Sequence[Source]) -> None:
+        for index, entry in self._entries:
+            if (source := sources[index]) is not None:
+                entry.apply(source)
+
+    def finite(self) -> bool:
+        """Whether every sketch, and every flag, is finite; one look from the host at each device."""
+        totals: dict[torch.device, list[Tensor]] = {}
+        for flat in self._flats:
+            if flat.numel():
+                totals.setdefault(flat.device, []).append(flat.sum())
+        return all(bool(torch.stack(sums).sum().isfinite()) for sums in totals.values())
+
+    def _view(self, number: int) -> Tensor:
+        start, stop = self._spans[number]
+        return self._flats[number][start:stop]
+
+    def _launch(self, number: int, *, flag: bool = False) -> Any:
+        start, stop = self._spans[number]
+        stop += flag
+        if stop == start:
+            return None
+        return dist.all_reduce(self._flats[number][start:stop], group=self._groups[number], async_op=True)
 
 
 @contextmanager
@@ -91,98 +180,198 @@ def full_precision(devices: set[str]) -> Iterator[None]:
 _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn"}
 
 
+class _Scratch:
+    """Memory in which half-precision pieces are worked on, one buffer per device."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffers: dict[torch.device, Tensor] = {}
+
+    def pieces(self, stack: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """(experts, rows, that piece of the stack, its copy in full precision), each no larger than the buffer."""
+        experts, rows, columns = stack.shape
+        if not stack.numel():
+            return
+        deep = max(1, SCRATCH_NUMEL // (rows * columns))
+        high = rows if rows * columns <= SCRATCH_NUMEL else max(1, SCRATCH_NUMEL // columns)
+        for expert in range(0, experts, deep):
+            for row in range(0, rows, high):
+                own = slice(expert, min(expert + deep, experts)), slice(row, min(row + high, rows))
+                piece = stack[own]
+                copy = self._view(piece)
+                copy.copy_(piece)
+                yield *own, piece, copy
+
+    def _view(self, like: Tensor) -> Tensor:
+        buffer = self._buffers.get(like.device)
+        if buffer is None or buffer.numel() < like.numel():
+            buffer = like.new_empty(max(SCRATCH_NUMEL, like.numel()), dtype=self.dtype)
+            self._buffers[like.device] = buffer
+        return buffer[: like.numel()].view(like.shape)
+
+
 class _Side:
-    """A basis (dim, k) and the sketch (k, other dim) along it, with the views that a pass needs made beforehand."""
+    """A basis (length, k) and the sketch (k, other length) along it, stacked or not, and the views a pass needs."""
 
-    __slots__ = ("basis", "basis_T", "sketch", "sketch_T")
+    __slots__ = ("adds", "basis", "basis_T", "sketch", "sketch_T", "summed")
 
-    def __init__(self, basis: Tensor, sketch: Tensor) -> None:
-        self.basis, self.basis_T = basis, basis.T
-        self.sketch, self.sketch_T = sketch, sketch.T
+    def __init__(self, basis: Tensor, sketch: Tensor, *, adds: bool, summed: bool) -> None:
+        self.basis, self.basis_T = basis, basis.mT
+        self.sketch, self.sketch_T = sketch, sketch.mT
+        self.adds, self.summed = adds, summed
+
+    def flat(self) -> _Side:
+        """The same of a stack of one, as matrices."""
+        return _Side(self.basis[0], self.sketch[0], adds=self.adds, summed=self.summed)
 
 
 class _Step:
-    """One entry's share of a pass. For small matrices the interpreter's time is the cost, so nothing is looked up."""
+    """One box's share of a pass. For small matrices the interpreter's time is the cost, so nothing is looked up."""
 
-    __slots__ = ("_dtype", "_left", "_overlap", "_overlap_from_left", "_right", "_scratch")
+    __slots__ = ("_add", "_product", "left", "offset", "right", "size", "stacked")
 
-    def __init__(
-        self, entry: Entry, flats: Sequence[Tensor], dtype: torch.dtype, scratch: dict[torch.device, Tensor]
-    ) -> None:
-        self._dtype, self._scratch = dtype, scratch
-        self._left = self._right = self._overlap = None
-        if entry.left is not None and entry.left_slot is not None:
-            self._left = _Side(entry.left, entry.left_slot.view(flats))
-        if entry.right is not None and entry.right_slot is not None:
-            self._right = _Side(entry.right, entry.right_slot.view(flats))
-        self._overlap_from_left = entry.block.column_group is None
-        if self._left is not None and self._right is not None:
-            ranks = self._left.sketch.shape[0], self._right.sketch.shape[0]
-            self._overlap = self._left.sketch.new_empty(ranks)
+    def __init__(self, part: Part, flats: Sequence[Tensor], plan: Plan) -> None:
+        self.offset = part.offset
+        experts = part.box.size[0]
+        sides = [
+            _side(part.left, part.left_view, experts, flats, plan, adds=part.offset is not None),
+            _side(part.right, part.right_view, experts, flats, plan, adds=False),
+        ]
+        self.stacked = tuple(sides)
+        self.size: tuple[int, ...] = part.box.size
+        self._product: Callable[..., Tensor] = torch.bmm
+        self._add: Callable[..., Tensor] = Tensor.baddbmm_
+        if experts == 1:
+            sides = [None if side is None else side.flat() for side in sides]
+            self.size = part.box.size[1:]
+            self._product, self._add = torch.mm, Tensor.addmm_
+        self.left, self.right = sides
 
-    def sketch(self, matrix: Tensor | None) -> None:
-        left, right = self._left, self._right
-        if matrix is not None and matrix.dtype is not self._dtype:
-            self._sketch_rounded(matrix)
-            return
-        if left is not None:
-            left.sketch.zero_() if matrix is None else torch.mm(left.basis_T, matrix, out=left.sketch)
-        if right is not None:
-            right.sketch.zero_() if matrix is None else torch.mm(right.basis_T, matrix.T, out=right.sketch)
+    def view(self, source: Tensor) -> Tensor:
+        """The box in the local storage, (rows, columns) or (experts, rows, columns)."""
+        if self.offset is not None:
+            return source[self.offset : self.offset + math.prod(self.size)].view(self.size)
+        if source.ndim == len(self.size):
+            return source
+        return source.unsqueeze(1) if source.ndim == 1 else source[0]
 
-    def apply(self, matrix: Tensor) -> None:
-        left, right = self._left, self._right
-        if left is not None and right is not None:
-            self._take_out_overlap(left, right)
-        if matrix.dtype is not self._dtype:
-            self._apply_rounded(matrix)
-            return
-        if left is not None:
-            matrix.addmm_(left.basis, left.sketch, alpha=-1)
-        if right is not None:
-            matrix.addmm_(right.sketch_T, right.basis_T, alpha=-1)
+    def sketch(self, box: Tensor, summed: bool) -> None:
+        left, right = self.left, self.right
+        if left is not None and left.summed is summed:
+            if left.adds:
+                self._add(left.sketch, left.basis_T, box)
+            else:
+                self._product(left.basis_T, box, out=left.sketch)
+        if right is not None and right.summed is summed:
+            self._product(right.basis_T, box.mT, out=right.sketch)
 
-    def _take_out_overlap(self, left: _Side, right: _Side) -> None:
-        """C <- C - E Q^T, so that what lies on both sides is subtracted once."""
-        assert self._overlap is not None
-        if self._overlap_from_left:
-            torch.mm(left.sketch, right.basis, out=self._overlap)
-        else:
-            torch.mm(left.basis_T, right.sketch_T, out=self._overlap)
-        left.sketch.addmm_(self._overlap, right.basis_T, alpha=-1)
+    def apply(self, box: Tensor) -> None:
+        if self.left is not None:
+            self._add(box, self.left.basis, self.left.sketch, alpha=-1)
+        if self.right is not None:
+            self._add(box, self.right.sketch_T, self.right.basis_T, alpha=-1)
 
-    def _sketch_rounded(self, matrix: Tensor) -> None:
-        left, right = self._left, self._right
-        for side in (left, right):
-            if side is not None:
-                side.sketch.zero_()  # stays so where the shard is empty
-        for start, stop, piece in self._pieces(matrix):
+    def clear(self) -> None:
+        """The sketches of zeros; sums to which others add are zero already."""
+        for side in (self.left, self.right):
+            if side is not None and not side.adds:
+                side.sketch.zero_()
+
+    def sketch_rounded(self, box: Tensor, scratch: _Scratch) -> None:
+        left, right = self.stacked
+        self.clear()
+        for experts, rows, _, piece in scratch.pieces(box if box.ndim == 3 else box.unsqueeze(0)):
             if left is not None:
-                left.sketch.addmm_(left.basis_T[:, start:stop], piece)
+                left.sketch[experts].baddbmm_(left.basis_T[experts, :, rows], piece)
             if right is not None:
-                right.sketch[:, start:stop] = right.basis_T @ piece.T
+                right.sketch[experts, :, rows] = torch.bmm(right.basis_T[experts], piece.mT)
 
-    def _apply_rounded(self, matrix: Tensor) -> None:
-        left, right = self._left, self._right
-        for start, stop, piece in self._pieces(matrix):
+    def apply_rounded(self, box: Tensor, scratch: _Scratch) -> None:
+        left, right = self.stacked
+        for experts, rows, here, piece in scratch.pieces(box if box.ndim == 3 else box.unsqueeze(0)):
             if left is not None:
-                piece.addmm_(left.basis[start:stop], left.sketch, alpha=-1)
+                piece.baddbmm_(left.basis[experts, rows], left.sketch[experts], alpha=-1)
             if right is not None:
-                piece.addmm_(right.sketch_T[start:stop], right.basis_T, alpha=-1)
-            matrix[start:stop] = piece
+                piece.baddbmm_(right.sketch_T[experts, rows], right.basis_T[experts], alpha=-1)
+            here.copy_(piece)
 
-    def _pieces(self, matrix: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, those rows in full precision), all in the same scratch memory."""
-        rows, columns = matrix.shape
-        if not matrix.numel():
+
+class _OverlapStep:
+    """C <- C - E Q^T."""
+
+    def __init__(self, overlap: Overlap, flats: Sequence[Tensor]) -> None:
+        self._C = overlap.left_view.of(flats)
+        experts = self._C.shape[0]
+        self._Q = overlap.right.expand(experts, -1, -1)
+        self._P_T = None if overlap.left is None else overlap.left.expand(experts, -1, -1).mT
+        self._D = None if overlap.right_view is None else overlap.right_view.of(flats).mT
+        self._summed = overlap.own is not None
+        shape = experts, self._C.shape[1], self._Q.shape[2]
+        self._E = self._C.new_empty(shape) if overlap.own is None else overlap.own.of(flats)
+
+    def sketch(self) -> None:
+        """The partial sums of E, from those of C."""
+        if self._summed:
+            torch.bmm(self._C, self._Q, out=self._E)
+
+    def take_out(self) -> None:
+        if self._P_T is not None and self._D is not None:
+            torch.bmm(self._P_T, self._D, out=self._E)
+        elif not self._summed:
+            torch.bmm(self._C, self._Q, out=self._E)
+        self._C.baddbmm_(self._E, self._Q.mT, alpha=-1)
+
+
+class _Entry:
+    """One protected parameter's share of a pass."""
+
+    def __init__(self, entry: Entry, flats: Sequence[Tensor], plan: Plan, scratch: _Scratch) -> None:
+        self._dtype, self._scratch = plan.dtype, scratch
+        self._steps = [_Step(part, flats, plan) for part in entry.parts]
+        self._overlaps = [_OverlapStep(overlap, flats) for overlap in entry.overlaps]
+        views = [view for part in entry.parts for view in (part.left_view, part.right_view) if view is not None]
+        views += [overlap.own for overlap in entry.overlaps if overlap.own is not None]
+        self.summed_in = {view.slot.bucket for view in views if plan.buckets[view.slot.bucket].group is not None}
+        self.adds_to = set(self.summed_in) if isinstance(entry.fragment, Interval) else set()
+
+    def sketch_summed(self, source: Source) -> None:
+        """The sketches that are summed; with half precision, all of them, since the pieces are at hand."""
+        self._sketch(source, summed=True)
+        for overlap in self._overlaps:
+            overlap.sketch()
+
+    def sketch_local(self, source: Source) -> None:
+        """The other sketches."""
+        if source is None or source.dtype is not self._dtype:
+            if not self.summed_in:
+                self._sketch(source, summed=False)
             return
-        scratch = self._scratch.get(matrix.device)
-        if scratch is None or scratch.numel() < columns:
-            scratch = matrix.new_empty(max(SCRATCH_NUMEL, columns), dtype=self._dtype)
-            self._scratch[matrix.device] = scratch
-        height = scratch.numel() // columns
-        for start in range(0, rows, height):
-            stop = min(start + height, rows)
-            piece = scratch[: (stop - start) * columns].view(stop - start, columns)
-            piece.copy_(matrix[start:stop])
-            yield start, stop, piece
+        self._sketch(source, summed=False)
+
+    def _sketch(self, source: Source, *, summed: bool) -> None:
+        for step in self._steps:
+            if source is None:
+                step.clear()
+            elif source.dtype is self._dtype:
+                step.sketch(step.view(source), summed)
+            else:
+                step.sketch_rounded(step.view(source), self._scratch)
+
+    def apply(self, source: Tensor) -> None:
+        for overlap in self._overlaps:
+            overlap.take_out()
+        for step in self._steps:
+            if source.dtype is self._dtype:
+                step.apply(step.view(source))
+            else:
+                step.apply_rounded(step.view(source), self._scratch)
+
+
+def _side(
+    basis: Tensor | None, view: View | None, experts: int, flats: Sequence[Tensor], plan: Plan, *, adds: bool
+) -> _Side | None:
+    """adds: whether boxes share the sketch where it is summed, so that each adds to what the pass has set to zero."""
+    if basis is None or view is None:
+        return None
+    summed = plan.buckets[view.slot.bucket].group is not None
+    return _Side(basis.expand(experts, -1, -1), view.of(flats), adds=adds and summed, summed=summed)

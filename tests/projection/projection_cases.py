@@ -10,9 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grasp_dist.basis import SpuriousBasis
+from grasp_dist.projection.reference import pin, project_gradient, sketches
 
 # Odd sizes; `narrow` has fewer outputs, and `slim` fewer inputs, than there may be ranks.
 SHAPES = {"plain": (13, 7), "narrow": (3, 11), "slim": (10, 3), "turned": (9, 6), "adapted": (15, 8)}
+STACKS = {"experts.up": (3, 7, 5), "experts.down": (3, 5, 6), "turned_experts.up": (2, 9, 4)}
+"""(experts, out, in); `up` has directions per expert, `down` shares them."""
 LORA_RANK = 5
 
 
@@ -32,6 +35,17 @@ class Conv1D(nn.Module):
         self.nf = out
         self.weight = nn.Parameter(torch.empty(into, out))
         self.bias = nn.Parameter(torch.zeros(out))
+
+
+class Experts(nn.Module):
+    """Stacked as in transformers: (experts, out, in), or (experts, in, out) with `is_transposed`, as in gpt-oss."""
+
+    def __init__(self, shapes: dict[str, tuple[int, int, int]], *, is_transposed: bool) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        for name, (experts, out, into) in shapes.items():
+            sizes = (into, out) if is_transposed else (out, into)
+            self.register_parameter(name, nn.Parameter(torch.zeros(experts, *sizes)))
 
 
 class LoraLinear(nn.Module):
@@ -55,6 +69,9 @@ class Zoo(nn.Module):
             self.add_module(name, nn.Linear(into, out))
         self.turned = Conv1D(*SHAPES["turned"])
         self.adapted = LoraLinear(*SHAPES["adapted"], LORA_RANK)
+        self.experts = Experts({name: STACKS[f"experts.{name}"] for name in ("up", "down")}, is_transposed=False)
+        self.turned_experts = Experts({"up": STACKS["turned_experts.up"]}, is_transposed=True)
+        self.turned_experts.up_bias = nn.Parameter(torch.zeros(2, 9))
 
 
 def zoo_basis(side: str, *, seed: int = 100) -> SpuriousBasis:
@@ -64,7 +81,58 @@ def zoo_basis(side: str, *, seed: int = 100) -> SpuriousBasis:
             tensors[f"{name}.weight.write"] = orthonormal(out, 2, seed + 2 * index)
         if side in ("read", "both"):
             tensors[f"{name}.weight.read"] = orthonormal(into, min(3, into - 1), seed + 2 * index + 1)
+    for index, (name, (experts, out, into)) in enumerate(STACKS.items(), start=20):
+        own = name == "experts.up"
+        for offset, which, dim, k in ((0, "write", out, 2), (1, "read", into, 3)):
+            if side in (which, "both"):
+                seeds = range(experts) if own else range(1)
+                columns = [orthonormal(dim, k, seed + 50 * index + 2 * expert + offset) for expert in seeds]
+                tensors[f"{name}.{which}"] = torch.stack(columns) if own else columns[0]
     return SpuriousBasis.from_tensors(tensors)
+
+
+def sides_of(name: str, basis: SpuriousBasis) -> tuple[Tensor | None, Tensor | None]:
+    """Left and right basis of a stored parameter of the zoo, fp64, by what the parameter is."""
+    module, _, leaf = name.partition(".")
+    weight = name.removesuffix("_bias") if "experts" in module else f"{module}.weight"
+    U, V = (basis.tensor(weight, side).double() if side in basis.sides(weight) else None for side in ("write", "read"))
+    if leaf == "bias" or "lora_B" in leaf:
+        return U, None
+    if leaf.endswith("_bias"):
+        return None, U  # (experts, out): a matrix whose rows are the experts' biases
+    if "lora_A" in leaf:
+        return None, V
+    return (V, U) if module.startswith("turned") else (U, V)
+
+
+def per_expert(function: Any, tensor: Tensor, *arguments: Any) -> Tensor:
+    """`function(matrix, *arguments of that expert)` for each expert of a stack, or for the one matrix; fp64.
+
+    An argument is None, one tensor for all or a stack of them (3-D), or a tuple of such.
+    """
+    tensor = tensor.double()
+    if tensor.ndim < 3:
+        return function(tensor if tensor.ndim == 2 else tensor.unsqueeze(1), *arguments)
+
+    def of(argument: Any, expert: int) -> Any:
+        if isinstance(argument, tuple):
+            return tuple(of(part, expert) for part in argument)
+        return argument[expert] if argument is not None and argument.ndim == 3 else argument
+
+    return torch.stack(
+        [function(matrix, *(of(argument, index) for argument in arguments)) for index, matrix in enumerate(tensor)]
+    )
+
+
+def stepped(learning_rate: float, decay: float) -> Any:
+    """What SGD and a pin pass make of (weight, gradient, left, right); fp64."""
+
+    def step(weight: Tensor, gradient: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+        gradient = gradient.double().reshape(weight.shape)
+        moved = weight - learning_rate * (project_gradient(gradient, left, right) + decay * weight)
+        return pin(moved, sketches(weight, left, right), left, right)
+
+    return step
 
 
 def relative_error(found: Tensor, wanted: Tensor) -> float:

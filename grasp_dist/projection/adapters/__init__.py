@@ -1,47 +1,61 @@
 """Adapters: a framework's state -> fragments. The only code that knows the framework; imported lazily.
 
-Handled: plain and DDP tensors, FSDP2 DTensors on a one-dimensional mesh. What no adapter handles is refused by name,
-before training starts.
+Handled: plain and DDP tensors and DTensors of every placement (`tensors`), FSDP1 (`fsdp1`), DeepSpeed ZeRO
+(`deepspeed`). What no adapter handles is refused by name, before training starts.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from typing import Any, Protocol
+
 from torch import nn
 
-from grasp_dist.errors import InputError
-from grasp_dist.projection.fragments import Block
+from grasp_dist.projection.fragments import Fragment
 
-__all__ = ["make_fragment", "refuse_unsupported"]
-
-
-def refuse_unsupported(model: nn.Module) -> None:
-    """Raise `InputError` for a model whose parameters no adapter handles."""
-    remedy = "shard with FSDP2 (torch.distributed.fsdp.fully_shard), or use DDP or a single process"
-    for module in model.modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        if "FullyShardedDataParallel" in kinds:
-            raise InputError(
-                f"the model is wrapped by FSDP1 (FullyShardedDataParallel), whose flat parameters GRASP "
-                f"cannot project yet; {remedy}"
-            )
-        if "DeepSpeedEngine" in kinds:
-            raise InputError(f"the model is a DeepSpeed engine, whose partitions GRASP cannot project yet; {remedy}")
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping"):
-            raise InputError(f"{name!r} is partitioned by DeepSpeed ZeRO, which GRASP cannot project yet; {remedy}")
+__all__ = ["Framework", "recognise"]
 
 
-def make_fragment(name: str, parameter: nn.Parameter) -> Block:
-    """This rank's fragment of a protected parameter, (rows, columns) or (rows,).
+class Framework(Protocol):
+    """What the projector needs of a framework."""
 
-    Raises `InputError` for a kind or placement of tensor that no adapter handles.
-    """
-    from torch.distributed.tensor import DTensor
+    module: nn.Module
+    """The model in which the basis' weights are found."""
 
-    if isinstance(parameter, DTensor):
-        from grasp_dist.projection.adapters import fsdp2
+    def shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """The parameter's logical shape, which its own need not be while it is sharded."""
+        ...
 
-        return fsdp2.block(name, parameter)
-    from grasp_dist.projection.adapters import plain
+    def fragment(self, name: str, parameter: nn.Parameter) -> Fragment:
+        """This rank's piece. Raises `InputError` for a kind or placement of tensor that is not handled."""
+        ...
 
-    return plain.block(name, parameter)
+    def owned(self, optimizer: Any) -> set[int]:
+        """Ids of the model's parameters that this optimizer steps. Raises `InputError` for what is not one."""
+        ...
+
+    def hook(self, optimizer: Any, before: Callable[[], None], after: Callable[[int], None]) -> Callable[[], None]:
+        """Call `before` once per step, on complete gradients, and `after(unit)` when the fragments of a unit have been
+        stepped; returns what takes the hooks off again."""
+        ...
+
+    def handles_overflow(self, optimizer: Any) -> bool:
+        """Whether the optimizer itself leaves out a step whose gradients are not finite, on all ranks."""
+        ...
+
+
+def recognise(model: Any) -> Framework:
+    """The adapter for a model or engine. Raises `InputError`, by name, for what it cannot handle."""
+    if "deepspeed" in sys.modules:
+        from grasp_dist.projection.adapters.deepspeed import Zero, is_deepspeed
+
+        if is_deepspeed(model):
+            return Zero(model)
+    from grasp_dist.projection.adapters.fsdp1 import Fsdp1, is_fsdp1
+
+    if is_fsdp1(model):
+        return Fsdp1(model)
+    from grasp_dist.projection.adapters.tensors import Tensors
+
+    return Tensors(model)

@@ -1,0 +1,278 @@
+"""Layout: where the sketches of one fragment lie in the flat buffers, and which products make and use them.
+
+A fragment is taken apart into `Part`s, dense boxes on which a pass runs matrix products, and its sketches into
+`Piece`s, ranges of the whole sketch. Sketches that must be summed over ranks lie in the bucket of their process group,
+at the same place on every rank; those that are whole already lie in a local bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from grasp_dist.basis import SpuriousBasis
+from grasp_dist.projection.fragments import Block, Box, Fragment, Interval, Span
+from grasp_dist.projection.targets import Target
+
+__all__ = ["BasisRows", "Bucket", "Buckets", "Entry", "Overlap", "Part", "Piece", "Slot", "View", "lay_out"]
+
+
+@dataclass
+class Bucket:
+    """One flat buffer: `numel` numbers on `device`, summed over `group` (None: already whole)."""
+
+    group: dist.ProcessGroup | None
+    device: torch.device
+    numel: int = 0
+    units: dict[int, Span] = field(default_factory=dict)
+    """Which numbers belong to the fragments of each unit."""
+    flag: int | None = None
+    """Where the number is by which the group's ranks tell each other of non-finite values."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Numbers of `bucket` from `start` on, in the shape (experts, directions, length)."""
+
+    bucket: int
+    start: int
+    shape: tuple[int, int, int]
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1] * self.shape[2]
+
+
+@dataclass(frozen=True)
+class View:
+    """Experts and length of a slot."""
+
+    slot: Slot
+    experts: Span
+    length: Span
+
+    def of(self, flats: Sequence[Tensor]) -> Tensor:
+        """(experts, directions, length)."""
+        whole = flats[self.slot.bucket].narrow(0, self.slot.start, self.slot.numel).view(self.slot.shape)
+        return whole[self.experts[0] : self.experts[1], :, self.length[0] : self.length[1]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of the whole sketch (E, k, length) of one side that is here."""
+
+    view: View
+    experts: Span
+    length: Span
+    owned: bool
+    """Whether this rank is the one that counts it, of those that hold it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of the fragment, its basis rows, and where its sketches go. Tensors are (experts or 1, length, k)."""
+
+    box: Box
+    offset: int | None
+    """First number in the flat local storage; None where the storage is the box."""
+    left: Tensor | None
+    right: Tensor | None
+    left_view: View | None
+    """C of the box: (experts, k_l, columns)."""
+    right_view: View | None
+    """D^T of the box: (experts, k_r, rows)."""
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """C <- C - E Q^T, so that what lies on both sides is subtracted once. E, (experts, k_l, k_r), is made of C and Q
+    where every column is here, of P and D where every row is, and else of the partial sums, summed in a slot."""
+
+    left_view: View
+    right: Tensor
+    """Q: (experts or 1, columns, k_r)."""
+    left: Tensor | None = None
+    """P: (experts or 1, rows, k_l), and with it"""
+    right_view: View | None = None
+    """D^T, where E is made of them."""
+    own: View | None = None
+    """E's own slot, where it is summed."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One protected parameter."""
+
+    target: Target
+    fragment: Fragment
+    parts: tuple[Part, ...]
+    overlaps: tuple[Overlap, ...]
+    pieces: dict[str, tuple[Piece, ...]]
+    """By "left" and "right"."""
+
+    @property
+    def tile_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the stack."""
+        return self.fragment.tile_group if isinstance(self.fragment, Block) else self.fragment.group
+
+    def side(self, where: str) -> str | None:
+        """The basis' side behind "left" or "right"."""
+        return self.target.left if where == "left" else self.target.right
+
+    def length(self, where: str) -> int:
+        """Of the whole sketch: columns for left, rows for right."""
+        return self.fragment.shape[2 if where == "left" else 1]
+
+
+@dataclass
+class Buckets:
+    """Hands out slots, in the same order on every rank."""
+
+    all: list[Bucket] = field(default_factory=list)
+    _index: dict[tuple[dist.ProcessGroup | None, torch.device], int] = field(default_factory=dict)
+
+    def index(self, group: dist.ProcessGroup | None, device: torch.device) -> int:
+        index = self._index.setdefault((group, device), len(self.all))
+        if index == len(self.all):
+            self.all.append(Bucket(group, device))
+        return index
+
+    def slot(
+        self, group: dist.ProcessGroup | None, device: torch.device, unit: int, shape: tuple[int, int, int]
+    ) -> Slot:
+        index = self.index(group, device)
+        bucket = self.all[index]
+        slot = Slot(index, bucket.numel, shape)
+        first, _ = bucket.units.get(unit, (bucket.numel, 0))
+        bucket.numel += slot.numel
+        bucket.units[unit] = (first, bucket.numel)
+        return slot
+
+
+class BasisRows:
+    """Rows of the basis on a device, each read once."""
+
+    def __init__(self, basis: SpuriousBasis | None, dtype: torch.dtype) -> None:
+        self._basis, self._dtype = basis, dtype
+        self._read: dict[tuple[str, str, Span, Span, torch.device], Tensor] = {}
+
+    def read(self, weight: str, side: str | None, experts: Span, rows: Span, device: torch.device) -> Tensor | None:
+        """(experts, rows, k); (1, rows, k) where all experts share one basis."""
+        if side is None:
+            return None
+        assert self._basis is not None
+        if len(self._basis.tensor_shape(weight, side)) == 2:
+            experts = (0, 1)
+        key = (weight, side, experts, rows, device)
+        if key not in self._read:
+            content = self._basis.rows(weight, side, *rows, experts=experts)
+            content = content if content.ndim == 3 else content.unsqueeze(0)
+            self._read[key] = content.to(device, self._dtype, copy=True, memory_format=torch.contiguous_format)
+        return self._read[key]
+
+
+def lay_out(target: Target, fragment: Fragment, rows: BasisRows, buckets: Buckets) -> Entry:
+    """Raises `InputError` where the basis' content cannot be read."""
+    device = fragment.storage.weight().device
+    if isinstance(fragment, Block):
+        return _of_block(target, fragment, rows, buckets, device)
+    return _of_interval(target, fragment, rows, buckets, device)
+
+
+def _of_block(target: Target, block: Block, rows: BasisRows, buckets: Buckets, device: torch.device) -> Entry:
+    box, unit = block.box, block.unit
+    left = rows.read(target.weight, target.left, box.experts, box.rows, device)
+    right = rows.read(target.weight, target.right, box.experts, box.columns, device)
+    left_view = right_view = None
+    experts, height, width = box.size
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    if left is not None:
+        left_view = _whole(buckets.slot(block.row_group, device, unit, (experts, left.shape[2], width)))
+        pieces["left"] = (Piece(left_view, box.experts, box.columns, _first_of(block.row_group)),)
+    if right is not None:
+        right_view = _whole(buckets.slot(block.column_group, device, unit, (experts, right.shape[2], height)))
+        pieces["right"] = (Piece(right_view, box.experts, box.rows, _first_of(block.column_group)),)
+    overlaps = []
+    if left is not None and right is not None and left_view is not None:
+        if block.column_group is None:
+            overlaps.append(Overlap(left_view, right))
+        elif block.row_group is None:
+            overlaps.append(Overlap(left_view, right, left=left, right_view=right_view))
+        else:
+            shape = experts, left.shape[2], right.shape[2]
+            own = _whole(buckets.slot(block.both_group, device, unit, shape))
+            overlaps.append(Overlap(left_view, right, own=own))
+    part = Part(box, None, left, right, left_view, right_view)
+    return Entry(target, block, (part,), tuple(overlaps), pieces)
+
+
+def _of_interval(target: Target, interval: Interval, rows: BasisRows, buckets: Buckets, device: torch.device) -> Entry:
+    _, height, width = interval.shape
+    weight, unit, group = target.weight, interval.unit, interval.group
+    cut_experts, cut_rows = interval.cut_experts, interval.cut_rows
+    start, stop = interval.span
+    k = {where: target.ranks(where) for where in ("left", "right")}
+    pieces: dict[str, list[Piece]] = {where: [] for where, directions in k.items() if directions}
+    shared: dict[str, Slot] = {}
+    if k["left"] and cut_experts:
+        shared["left"] = buckets.slot(group, device, unit, (len(cut_experts), k["left"], width))
+        for index, expert in enumerate(cut_experts):
+            view = View(shared["left"], (index, index + 1), (0, width))
+            owned = start <= expert * height * width < stop
+            pieces["left"].append(Piece(view, (expert, expert + 1), (0, width), owned))
+    if k["right"] and cut_rows:
+        shared["right"] = buckets.slot(group, device, unit, (1, k["right"], len(cut_rows)))
+        for index, row in enumerate(cut_rows):
+            view = View(shared["right"], (0, 1), (index, index + 1))
+            expert, own = divmod(row, height)
+            owned = start <= row * width < stop
+            pieces["right"].append(Piece(view, (expert, expert + 1), (own, own + 1), owned))
+
+    parts: list[Part] = []
+    overlaps: dict[Span, Overlap] = {}
+    whole: dict[Span, View] = {}
+    offset = start
+    for box in interval.boxes():
+        experts, columns = box.experts, box.columns
+        left = rows.read(weight, target.left, experts, box.rows, device)
+        every = rows.read(weight, target.right, experts, (0, width), device)
+        left_view = right_view = None
+        if left is not None:
+            if experts not in whole:
+                if experts[0] in cut_experts:
+                    index = cut_experts.index(experts[0])
+                    whole[experts] = View(shared["left"], (index, index + 1), (0, width))
+                else:
+                    shape = experts[1] - experts[0], left.shape[2], width
+                    whole[experts] = _whole(buckets.slot(None, device, unit, shape))
+                    pieces["left"].append(Piece(whole[experts], experts, (0, width), True))
+            left_view = View(whole[experts].slot, whole[experts].experts, columns)
+        if every is not None:
+            row = experts[0] * height + box.rows[0]
+            if box.size[1] == 1 and row in cut_rows:
+                index = cut_rows.index(row)
+                right_view = View(shared["right"], (0, 1), (index, index + 1))
+            else:
+                shape = experts[1] - experts[0], every.shape[2], box.size[1]
+                right_view = _whole(buckets.slot(None, device, unit, shape))
+                pieces["right"].append(Piece(right_view, experts, box.rows, True))
+        if left is not None and every is not None:
+            overlaps.setdefault(experts, Overlap(whole[experts], every))
+        right = None if every is None else every[:, columns[0] : columns[1]]
+        parts.append(Part(box, offset - start, left, right, left_view, right_view))
+        offset += box.numel
+    return Entry(
+        target, interval, tuple(parts), tuple(overlaps.values()), {key: tuple(value) for key, value in pieces.items()}
+    )
+
+
+def _whole(slot: Slot) -> View:
+    return View(slot, (0, slot.shape[0]), (0, slot.shape[2]))
+
+
+def _first_of(group: dist.ProcessGroup | None) -> bool:
+    return group is None or dist.get_rank(group) == 0
