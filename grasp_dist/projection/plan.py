@@ -34,6 +34,8 @@ class Plan:
     dtype: torch.dtype
     entries: list[Entry] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
+    spread: bool = False
+    """Whether some rank has weights that this one lacks."""
 
     def new_flats(self) -> list[Tensor]:
         """Zeros, one flat tensor per bucket."""
@@ -55,7 +57,7 @@ def build_plan(
     dtypes = {fragment.storage.weight().dtype for _, fragment in pairs}
     if torch.float64 in dtypes and len(dtypes) > 1:
         raise InputError("protected parameters mix float64 with lower precisions; use one precision")
-    plan = Plan(torch.float64 if torch.float64 in dtypes else torch.float32)
+    plan = Plan(torch.float64 if torch.float64 in dtypes else torch.float32, spread=spread)
     rows, buckets = BasisRows(basis, plan.dtype), Buckets()
     trouble: InputError | None = None
     try:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.errors import InputError, NonFiniteError
 from grasp_dist.projection.adapters import recognise
+from grasp_dist.projection.adapters.tensors import Tensors
+from grasp_dist.projection.overlap import BackwardOverlap
 from grasp_dist.projection.pins import Pins, before_training
 from grasp_dist.projection.plan import Plan, build_plan
 from grasp_dist.projection.reference import project_gradient
@@ -54,6 +56,7 @@ class GraspProjector:
         rank: int | None = None,
         gradient: bool = True,
         pin: bool = True,
+        overlap: bool = False,
     ) -> None:
         """Plan the passes, record the pins, and project LoRA's A off the read side; collective.
 
@@ -63,6 +66,9 @@ class GraspProjector:
         side: use this side of every weight; "both" demands both; None takes what the basis has.
         rank: the first `rank` directions of each weight (all, where it has fewer); None: all.
         gradient, pin: the two parts of the method.
+        overlap: project gradients during the backward pass, chunk by chunk, on process groups of their own (plain, DDP
+            and DTensor models). Each micro-batch that accumulates is then projected, unless the framework itself puts
+            off its gradients (fully_shard's `set_requires_gradient_sync`).
 
         Raises `InputError` for a basis that does not fit the model, a model in which nothing can move the protected
         weights, adapters that do not start from zero, and shardings that are not handled.
@@ -71,9 +77,18 @@ class GraspProjector:
             raise InputError("gradient=False and pin=False leave nothing to do; switch one of them on")
         self._framework = recognise(model)
         self._side, self._gradient, self._pin = side, gradient, pin
+        if overlap and (not gradient or not isinstance(self._framework, Tensors)):
+            raise InputError(
+                "overlap=True projects gradients in torch's own gradient hooks, which needs gradient=True and a model "
+                "that is neither DeepSpeed's nor in FSDP1; leave overlap out"
+            )
+        self._overlaps = overlap
+        self._overlap: BackwardOverlap | None = None
         self._optimizer: Any = None
         self._unhook: Callable[[], None] = _nothing
+        self._unhook_backward: Callable[[], None] = _nothing
         self._looked_at: _Look | None = None
+        self._watches: list[Any] = []
         self._begun = False
         self.steps = 0
         """Optimizer steps that the hooks have seen."""
@@ -99,7 +114,7 @@ class GraspProjector:
 
         optimizer: a torch optimizer, Accelerate's or Lightning's wrapper of one, or a DeepSpeed engine or its
         optimizer, that holds every protected parameter. Raises `InputError` for anything else, when already attached,
-        and when another projector that is attached protects the same parameters.
+        and when another projector is attached to the same optimizer.
         """
         if self._optimizer is not None:
             raise InputError("this projector is attached already; call detach() first")
@@ -111,6 +126,7 @@ class GraspProjector:
             )
         self._unhook = self._framework.hook(optimizer, self._before_step, self._after_step)
         self._optimizer = optimizer
+        self._hook_backward()
         _attached.add(self)
 
     @torch.no_grad()
@@ -122,8 +138,11 @@ class GraspProjector:
         not, none of them was changed, and a step that nobody else leaves out raises `NonFiniteError`. With
         gradient=False it only looks.
         """
-        gradients = [entry.fragment.storage.gradient() for entry in self._plan.entries]
-        finite = self._runtime.project(gradients, apply=self._gradient)
+        if self._overlap is not None:
+            finite = self._overlap.finish()
+        else:
+            gradients = [entry.fragment.storage.gradient() for entry in self._plan.entries]
+            finite = self._runtime.project(gradients, apply=self._gradient)
         self._looked_at = _Look(self._plan, finite)
         return finite
 
@@ -131,6 +150,7 @@ class GraspProjector:
         """Take the hooks off the optimizer; the weights stay as they are."""
         self._unhook()
         self._unhook, self._optimizer = _nothing, None
+        self._hook_backward()
         _attached.discard(self)
 
     @torch.no_grad()
@@ -162,9 +182,10 @@ class GraspProjector:
         pins.carry_over(self._pins)
         self.basis, self._plan, self._runtime, self._pins = basis, plan, runtime, pins
         self._units, self._looked_at = {entry.fragment.unit for entry in plan.entries}, None
+        self._hook_backward()
         self._clear_factors()
         if self._pin and self._begun:
-            self._runtime.restore(_weights(self._plan), self._pins.flats)
+            self._restore()
             for entry in self._plan.entries:
                 if entry.fragment.storage.publish is not None:
                     entry.fragment.storage.publish()
@@ -247,6 +268,21 @@ class GraspProjector:
             check_shapes(target, fragment.shape)
         return build_plan(targets, fragments, basis, spread=bool(elsewhere))
 
+    def _hook_backward(self) -> None:
+        """While attached, a backward pass undoes what a look at the gradients has found: a scaler may have left out the
+        step that it was for, and gradients may be accumulated in place. With `overlap` it projects as well."""
+        for handle in self._watches:
+            handle.remove()
+        self._unhook_backward()
+        self._watches, self._unhook_backward, self._overlap = [], _nothing, None
+        if self._optimizer is None:
+            return
+        for target in _targets(self._plan):
+            self._watches.append(target.parameter.register_post_accumulate_grad_hook(self._forget))
+        if self._overlaps and self.basis is not None:
+            self._overlap = BackwardOverlap(self._plan, self.basis)
+            self._unhook_backward = self._overlap.hook()
+
     def _check_owned(self, optimizer: Any, plan: Plan) -> None:
         owned = self._framework.owned(optimizer)
         missing = [target.name for target in _targets(plan) if id(target.parameter) not in owned]
@@ -255,6 +291,18 @@ class GraspProjector:
                 f"the optimizer does not hold {missing[0]!r} ({len(missing)} of {len(plan.entries)} protected "
                 "parameters are missing); build the projector and the optimizer from the same model, after sharding it"
             )
+
+    def _restore(self, unit: int | None = None) -> None:
+        """The pins, in the weights and in what the optimizer steps beside them; of one unit or of all."""
+        self._runtime.restore(_weights(self._plan), self._pins.flats, unit)
+        beside = self._framework.beside(self._optimizer) if self._optimizer is not None else None
+        if beside is not None:
+            others = [beside(target.parameter) for target in _targets(self._plan)]
+            pieces = [
+                None if other is None else entry.fragment.storage.like(other)
+                for entry, other in zip(self._plan.entries, others, strict=True)
+            ]
+            self._runtime.restore(pieces, self._pins.flats, unit)
 
     def _clear_factors(self) -> None:
         """A V = 0 and U^T B = 0; full weights are not touched."""
@@ -273,6 +321,9 @@ class GraspProjector:
                 on = [None if side is None else side.to(copy.device) for side in sides]
                 copy.copy_(project_gradient(copy.float(), *on))
 
+    def _forget(self, _: Tensor) -> None:
+        self._looked_at = None
+
     def _before_step(self) -> None:
         look = self._looked_at
         finite = look.finite if look is not None and look.holds(self._plan) else self.project_gradients()
@@ -286,7 +337,7 @@ class GraspProjector:
     @torch.no_grad()
     def _after_step(self, unit: int) -> None:
         if self._pin:
-            self._runtime.restore(_weights(self._plan), self._pins.flats, unit if len(self._units) > 1 else None)
+            self._restore(unit if len(self._units) > 1 else None)
         self._begun = True
         self._stepped.add(unit)
         if self._stepped >= self._units:

@@ -60,6 +60,23 @@ class Runtime:
         return finite
 
     @torch.no_grad()
+    def start(self, gradients: Sequence[Source]) -> list[Any]:
+        """The first half of `project`: sketch, and set off the sums. Returns what `finish` needs."""
+        with full_precision(self._devices):
+            return self._all.launch(gradients, flags=True)
+
+    @torch.no_grad()
+    def finish(self, gradients: Sequence[Source], pending: list[Any]) -> Tensor:
+        """The second half, without a look from the host: a number that is finite where all gradients are. (Where they
+        are not, gradients are spoilt.)"""
+        for work in pending:
+            work.wait()
+        with full_precision(self._devices):
+            total = self._all.total()
+            self._all.apply(gradients)
+        return total
+
+    @torch.no_grad()
     def restore(self, weights: Sequence[Source], pins: Sequence[Tensor] | None = None, unit: int | None = None) -> None:
         """Restore the pins (one flat tensor per bucket; None: zeros) in place, of one unit or of all."""
         chosen = self._all if unit is None else self._of_unit.get(unit)
@@ -108,6 +125,11 @@ class _Pass:
         self._zeroed = sorted({number for _, entry in self._entries for number in entry.adds_to})
 
     def sketch(self, sources: Sequence[Source], *, flags: bool = False) -> None:
+        for work in self.launch(sources, flags=flags):
+            work.wait()
+
+    def launch(self, sources: Sequence[Source], *, flags: bool = False) -> list[Any]:
+        """Sketch, and set off the sums; returns what to wait for."""
         for number in self._zeroed:
             self._view(number).zero_()
         flagged = self._flags if flags else {}
@@ -128,9 +150,7 @@ class _Pass:
             # 0 where everything that this rank has sketched is finite, else NaN
             self._flats[number][flag] = sum(total.to(self._flats[number].device) for total in seen) * 0
             pending.append(self._launch(number, flag=True))
-        for work in pending:
-            if work is not None:
-                work.wait()
+        return [work for work in pending if work is not None]
 
     def subtract(self, pins: Sequence[Tensor]) -> None:
         for number, pin in enumerate(pins):
@@ -144,12 +164,16 @@ class _Pass:
                 entry.apply(source)
 
     def finite(self) -> bool:
-        """Whether every sketch, and every flag, is finite; one look from the host at each device."""
-        totals: dict[torch.device, list[Tensor]] = {}
-        for flat in self._flats:
-            if flat.numel():
-                totals.setdefault(flat.device, []).append(flat.sum())
-        return all(bool(torch.stack(sums).sum().isfinite()) for sums in totals.values())
+        """Whether every sketch, and every flag, is finite; one look from the host."""
+        return bool(self.total().isfinite())
+
+    def total(self) -> Tensor:
+        """The sum of all sketches and flags, which is finite where all of them are."""
+        sums = [flat.sum() for flat in self._flats if flat.numel()]
+        if not sums:
+            return torch.zeros(())
+        device = next((value.device for value in sums if value.device.type != "cpu"), sums[0].device)
+        return torch.stack([value.to(device, non_blocking=True) for value in sums]).sum()
 
     def _view(self, number: int) -> Tensor:
         start, stop = self._spans[number]

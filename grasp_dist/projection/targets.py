@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from grasp_dist.architecture import canonical_name, is_conv1d, is_linear
 from grasp_dist.basis import SpuriousBasis

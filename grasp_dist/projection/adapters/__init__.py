@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from grasp_dist.projection.fragments import Fragment
 
@@ -42,6 +42,10 @@ class Framework(Protocol):
 
     def handles_overflow(self, optimizer: Any) -> bool:
         """Whether the optimizer itself leaves out a step whose gradients are not finite, on all ranks."""
+        ...
+
+    def beside(self, optimizer: Any) -> Callable[[nn.Parameter], Tensor | None] | None:
+        """What the optimizer steps beside the weights, sharded like them (schedule-free's z); None: nothing."""
         ...
 
 

@@ -46,6 +46,7 @@ class Tensors:
     owned = staticmethod(torch_optimizers.owned)
     hook = staticmethod(torch_optimizers.hook)
     handles_overflow = staticmethod(torch_optimizers.handles_overflow)
+    beside = staticmethod(torch_optimizers.beside)
 
     def _sharded(self, name: str, parameter: Any) -> Block:
         mesh, placements, shape = parameter.device_mesh, parameter.placements, tuple(parameter.shape)

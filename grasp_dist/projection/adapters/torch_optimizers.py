@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from grasp_dist.errors import InputError
 
-__all__ = ["handles_overflow", "hook", "owned", "unwrap"]
+__all__ = ["beside", "handles_overflow", "hook", "owned", "unwrap"]
+
+_SCHEDULE_FREE = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
 
 
 def unwrap(optimizer: Any) -> Optimizer:
@@ -31,6 +33,11 @@ def unwrap(optimizer: Any) -> Optimizer:
     # Optimizer.__init__ replaces the class' step by one that runs the hooks, and marks it.
     if not getattr(type(optimizer).step, "hooked", False) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise InputError(f"{kind} does not run torch's step hooks, so GRASP cannot attach to it; use a stock optimizer")
+    if _swaps_weights(optimizer) and kind not in _SCHEDULE_FREE:
+        raise InputError(
+            f"{kind} puts other weights in place for evaluation (train() and eval()), and GRASP does not know how it "
+            f"keeps them; use one of schedulefree's {', '.join(_SCHEDULE_FREE)}, or an optimizer without these modes"
+        )
     return optimizer
 
 
@@ -54,7 +61,21 @@ def hook(optimizer: Any, before: Callable[[], None], after: Callable[[int], None
     return remove
 
 
+def beside(optimizer: Any) -> Callable[[nn.Parameter], Tensor | None] | None:
+    """What the optimizer steps beside the weights: parameter -> a tensor of its kind, or None before the first step.
+
+    None for all but schedule-free optimizers. There the weights in training are y = (1 - beta) z + beta x, and those
+    for evaluation x, which is pinned if y and z are.
+    """
+    inner = unwrap(optimizer)
+    return (lambda parameter: inner.state.get(parameter, {}).get("z")) if _swaps_weights(inner) else None
+
+
+def _swaps_weights(optimizer: Any) -> bool:
+    return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+
+
 def handles_overflow(optimizer: Any) -> bool:
     """Whether a GradScaler has told a fused optimizer, for the step that begins, to leave it out where gradients are
     not finite. (Of other optimizers the scaler leaves out the whole step, hooks and all.)"""
-    return isinstance(getattr(unwrap(optimizer), "found_inf", None), torch.Tensor)
+    return isinstance(getattr(unwrap(optimizer), "found_inf", None), Tensor)
