@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from grasp_dist.detection import detect_basis
     from grasp_dist.errors import InputError, NonFiniteError
     from grasp_dist.projection import GraspProjector
+    from grasp_dist.training.callback import GraspCallback
 
-__all__ = ["GraspProjector", "InputError", "NonFiniteError", "SpuriousBasis", "detect_basis"]
+__all__ = ["GraspCallback", "GraspProjector", "InputError", "NonFiniteError", "SpuriousBasis", "detect_basis"]
 
 _HOMES = {
+    "GraspCallback": "grasp_dist.training.callback",
     "GraspProjector": "grasp_dist.projection",
     "InputError": "grasp_dist.errors",
     "NonFiniteError": "grasp_dist.errors",

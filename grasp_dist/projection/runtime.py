@@ -6,9 +6,9 @@ For a box M (r, c) of a fragment, with basis rows P (r, k_l) and Q (c, k_r):
     minus the pins, in a pin pass                (a gradient's pins are zero)
     apply    M <- M - P (C - E Q^T) - D Q^T      E = C Q, P^T D, or a sum of its own: see `layout.Overlap`
 
-A group's all-reduce is started as soon as its sketches are made and travels while the others are made; what needs no
-sum is sketched and applied meanwhile. Arithmetic is fp32 (fp64 for fp64 parameters) and never TF32. Half-precision
-tensors pass through a bounded scratch buffer and are rounded once; nothing of a weight's size is allocated.
+A group's all-reduce is started as soon as its sketches are made and travels while the others are made. Arithmetic is
+fp32 (fp64 for fp64 parameters) and never TF32. Half-precision tensors pass through a bounded scratch buffer and are
+rounded once; nothing of a weight's size is allocated.
 """
 
 from __future__ import annotations
@@ -279,14 +279,14 @@ class _Step:
             return source
         return source.unsqueeze(1) if source.ndim == 1 else source[0]
 
-    def sketch(self, box: Tensor, summed: bool) -> None:
+    def sketch(self, box: Tensor, only: bool | None) -> None:
         left, right = self.left, self.right
-        if left is not None and left.summed is summed:
+        if left is not None and (only is None or left.summed is only):
             if left.adds:
                 self._add(left.sketch, left.basis_T, box)
             else:
                 self._product(left.basis_T, box, out=left.sketch)
-        if right is not None and right.summed is summed:
+        if right is not None and (only is None or right.summed is only):
             self._product(right.basis_T, box.mT, out=right.sketch)
 
     def apply(self, box: Tensor) -> None:
@@ -359,25 +359,29 @@ class _Entry:
         self.adds_to = set(self.summed_in) if isinstance(entry.fragment, Interval) else set()
 
     def sketch_summed(self, source: Source) -> None:
-        """The sketches that are summed; with half precision, all of them, since the pieces are at hand."""
-        self._sketch(source, summed=True)
+        """The sketches that are summed. Where numbers pass through a cache or a buffer, on the CPU and in half
+        precision, all of them, while they are at hand."""
+        self._sketch(source, only=None if self._at_once(source) else True)
         for overlap in self._overlaps:
             overlap.sketch()
 
     def sketch_local(self, source: Source) -> None:
-        """The other sketches."""
-        if source is None or source.dtype is not self._dtype:
-            if not self.summed_in:
-                self._sketch(source, summed=False)
-            return
-        self._sketch(source, summed=False)
+        """The others."""
+        if not self.summed_in:
+            self._sketch(source, only=None)
+        elif not self._at_once(source):
+            self._sketch(source, only=False)
 
-    def _sketch(self, source: Source, *, summed: bool) -> None:
+    def _at_once(self, source: Source) -> bool:
+        return source is None or not source.is_cuda or source.dtype is not self._dtype
+
+    def _sketch(self, source: Source, *, only: bool | None) -> None:
+        """only: those that are summed, those that are not, or None: all."""
         for step in self._steps:
             if source is None:
                 step.clear()
             elif source.dtype is self._dtype:
-                step.sketch(step.view(source), summed)
+                step.sketch(step.view(source), only)
             else:
                 step.sketch_rounded(step.view(source), self._scratch)
 
