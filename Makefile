@@ -52,6 +52,8 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/projector.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/detection.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/optimizers.py
 
 clean:  ## what was installed and built; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info
