@@ -160,8 +160,9 @@ class GraspProjector:
         What `more` adds to the span of each weight joins its basis (`SpuriousBasis.union`). LoRA factors are projected
         off the new directions at once. Full weights are pinned to their state before training: before the first step
         that is the present one, afterwards `initial` must hold it, {parameter name: W0, whole or sharded like the
-        parameter}, for each weight (and bias) that gains directions. Raises `InputError`, and changes nothing, where
-        that is missing or `more` does not fit.
+        parameter}, for each weight (and bias) that gains directions; with ZeRO-1 and -2 the low-precision copies of
+        full weights follow at the next step. Raises `InputError`, and changes nothing, where that is missing or `more`
+        does not fit.
         """
         more = _select(more, self._side)
         basis = more if self.basis is None else self.basis.union(more)
@@ -311,15 +312,15 @@ class GraspProjector:
         self._runtime.restore([weight if entry.target.is_factor else None for entry, weight in weights])
         for entry in entries:
             storage, target = entry.fragment.storage, entry.target
+            for copy in storage.copies():  # before the piece is published, which may be part of them
+                assert self.basis is not None
+                left, right = (
+                    None if side is None else self.basis.tensor(target.weight, side).to(copy.device)
+                    for side in (target.left, target.right)
+                )
+                copy.copy_(project_gradient(copy.float(), left, right))
             if storage.publish is not None:
                 storage.publish()
-            for copy in storage.copies():
-                assert self.basis is not None
-                sides = [
-                    self.basis.tensor(target.weight, side) if side else None for side in (target.left, target.right)
-                ]
-                on = [None if side is None else side.to(copy.device) for side in sides]
-                copy.copy_(project_gradient(copy.float(), *on))
 
     def _forget(self, _: Tensor) -> None:
         self._looked_at = None
@@ -336,9 +337,11 @@ class GraspProjector:
 
     @torch.no_grad()
     def _after_step(self, unit: int) -> None:
+        self._begun = True
+        if self._units and unit not in self._units:
+            return  # holds nothing that is protected
         if self._pin:
             self._restore(unit if len(self._units) > 1 else None)
-        self._begun = True
         self._stepped.add(unit)
         if self._stepped >= self._units:
             self.steps += 1

@@ -122,7 +122,9 @@ class _Pass:
                 members = [(i, entry) for i, entry in self._entries if number in entry.summed_in and i not in done]
                 done |= {index for index, _ in members}
                 self._order.append((number, members))
-        self._zeroed = sorted({number for _, entry in self._entries for number in entry.adds_to})
+        # Several boxes, or none here, may add to a sum that is summed over ranks.
+        adding = any(isinstance(entry.fragment, Interval) for entry in plan.entries)
+        self._zeroed = [number for number, group in enumerate(self._groups) if group is not None and adding]
 
     def sketch(self, sources: Sequence[Source], *, flags: bool = False) -> None:
         for work in self.launch(sources, flags=flags):
@@ -356,7 +358,6 @@ class _Entry:
         views = [view for part in entry.parts for view in (part.left_view, part.right_view) if view is not None]
         views += [overlap.own for overlap in entry.overlaps if overlap.own is not None]
         self.summed_in = {view.slot.bucket for view in views if plan.buckets[view.slot.bucket].group is not None}
-        self.adds_to = set(self.summed_in) if isinstance(entry.fragment, Interval) else set()
 
     def sketch_summed(self, source: Source) -> None:
         """The sketches that are summed. Where numbers pass through a cache or a buffer, on the CPU and in half

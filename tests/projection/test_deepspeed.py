@@ -210,6 +210,8 @@ CASES = [
     ("stage3-bf16", "lora", "both", True),
     ("bf16-optimizer", "full", "both", True),
 ]
+CUT_CASES = [("stage1", "lora", "both", True), ("stage2", "lora", "write", True)]
+"""On three ranks a row of a lora_A is cut, and one rank holds nothing of what is cut."""
 MORE_CASES = [
     case
     for case in itertools.product(SETTINGS, ("full", "lora"), ("write", "read", "both"), (True, False))
@@ -224,8 +226,8 @@ def _train_all(cases: list[tuple[str, str, str, bool]]) -> dict[tuple[str, str, 
 
 @pytest.fixture(
     scope="module",
-    params=[(2, CASES), slow_param((2, MORE_CASES)), slow_param((3, CASES))],
-    ids=["world2", "world2-more", "world3"],
+    params=[(2, CASES), (3, CUT_CASES), slow_param((2, MORE_CASES)), slow_param((3, CASES))],
+    ids=["world2", "world3-cut", "world2-more", "world3"],
 )
 def trained(request):
     world_size, cases = request.param
@@ -243,7 +245,10 @@ def test_steps_are_those_of_the_reference(trained):
 
 def test_masters_stay_on_their_pins_to_fp32_rounding_whatever_the_models_dtype(trained):
     for case, seen in trained.items():
-        assert (seen["residual"] <= 1e-6) == case[3], case
+        if case[3]:
+            assert seen["residual"] <= 1e-6, case
+        elif case[1] == "full":  # decay leaves LoRA's pins, which are zero, alone
+            assert seen["residual"] > 1e-6, case
 
 
 def test_a_pass_is_at_most_one_all_reduce_and_nothing_is_gathered(trained):

@@ -24,7 +24,7 @@ from tests.projection.projection_cases import Watch, Zoo, draw, per_expert, rela
 
 LEARNING_RATE, DECAY = 0.3, 0.1
 SIDES = ("write", "read", "both")
-CUTS = ("even", "ragged", "last rank holds all")
+CUTS = ("even", "ragged", "first and last", "last rank holds all")
 CASES = [(cut, side, torch.float32) for cut in CUTS for side in SIDES] + [("ragged", "both", torch.bfloat16)]
 
 
@@ -32,6 +32,7 @@ class Flat:
     """A framework whose every parameter is cut flat at positions of its own; the optimizer steps the pieces."""
 
     handles_overflow = staticmethod(torch_optimizers.handles_overflow)
+    beside = staticmethod(torch_optimizers.beside)
 
     def __init__(self, model: nn.Module, cut: str) -> None:
         self.module = model
@@ -48,6 +49,8 @@ class Flat:
             seed = torch.Generator().manual_seed(sum(map(ord, name)))
             inner = torch.randint(0, numel + 1, (world_size - 1,), generator=seed).tolist()
             return [0, *sorted(inner), numel]
+        if self._cut == "first and last":  # those between hold nothing, and still take part in the sums
+            return [0] + [numel // 2 + 1] * (world_size - 1) + [numel]
         return [0] * world_size + [numel]
 
     def _own(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
