@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch.distributed as dist
 from torch import Tensor
@@ -106,13 +107,13 @@ class Interval:
     unit: int = 0
     """As for a block."""
 
-    @property
+    @cached_property
     def cut_experts(self) -> tuple[int, ...]:
         """Experts that lie on several ranks."""
         _, rows, columns = self.shape
         return tuple(sorted({cut // (rows * columns) for cut in self.cuts if cut % (rows * columns)}))
 
-    @property
+    @cached_property
     def cut_rows(self) -> tuple[int, ...]:
         """Rows, counted over the whole stack, that lie on several ranks."""
         columns = self.shape[2]

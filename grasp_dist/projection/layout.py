@@ -7,6 +7,7 @@ at the same place on every rank; those that are whole already lie in a local buc
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -220,13 +221,15 @@ def _of_interval(target: Target, interval: Interval, rows: BasisRows, buckets: B
     shared: dict[str, Slot] = {}
     if k["left"] and cut_experts:
         shared["left"] = buckets.slot(group, device, unit, (len(cut_experts), k["left"], width))
-        for index, expert in enumerate(cut_experts):
+        for index in _touched(cut_experts, interval.span, height * width):
+            expert = cut_experts[index]
             view = View(shared["left"], (index, index + 1), (0, width))
             owned = start <= expert * height * width < stop
             pieces["left"].append(Piece(view, (expert, expert + 1), (0, width), owned))
     if k["right"] and cut_rows:
         shared["right"] = buckets.slot(group, device, unit, (1, k["right"], len(cut_rows)))
-        for index, row in enumerate(cut_rows):
+        for index in _touched(cut_rows, interval.span, width):
+            row = cut_rows[index]
             view = View(shared["right"], (0, 1), (index, index + 1))
             expert, own = divmod(row, height)
             owned = start <= row * width < stop
@@ -268,6 +271,15 @@ def _of_interval(target: Target, interval: Interval, rows: BasisRows, buckets: B
     return Entry(
         target, interval, tuple(parts), tuple(overlaps.values()), {key: tuple(value) for key, value in pieces.items()}
     )
+
+
+def _touched(cut: Sequence[int], span: Span, size: int) -> range:
+    """Indices of those among the cut rows (or experts), ascending and of `size` numbers each, that lie in the span; at
+    most two. What the others hold is neither read nor saved here."""
+    start, stop = span
+    if start == stop:
+        return range(0)
+    return range(bisect_left(cut, start // size), bisect_right(cut, (stop - 1) // size))
 
 
 def _whole(slot: Slot) -> View:

@@ -70,8 +70,9 @@ class Run:
     @property
     def cuts(self) -> tuple[int, ...]:
         """Where in the parameter one rank's piece ends and the next begins."""
-        edges = (rank * self.partition - self.offset for rank in range(1, self.world_size))
-        return tuple(edge for edge in edges if 0 < edge < self.numel)
+        first = max(1, self.offset // self.partition + 1) * self.partition - self.offset
+        last = min(self.world_size * self.partition - self.offset, self.numel)
+        return tuple(range(first, last, self.partition))
 
     def narrow(self, partition: Tensor, base: int = 0) -> Tensor:
         """This rank's piece in its partition, which begins at `base` of the flat tensor given."""
