@@ -16,11 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grasp_dist.basis import SpuriousBasis
-from grasp_dist.errors import InputError
 from grasp_dist.projection.fragments import Block, Fragment
 from grasp_dist.projection.layout import Entry
 from grasp_dist.projection.plan import Plan, build_plan
-from grasp_dist.projection.runtime import Runtime
+from grasp_dist.projection.runtime import Runtime, Scratch
 
 __all__ = ["CHUNK", "BackwardOverlap"]
 
@@ -32,21 +31,21 @@ class BackwardOverlap:
     """The passes over one plan's gradients, cut into chunks. Collective to make; for fragments that are blocks."""
 
     def __init__(self, plan: Plan, basis: SpuriousBasis) -> None:
-        if plan.spread:
-            raise InputError("overlap=True needs every weight of the basis on every rank (no pipeline); leave it out")
         twins: dict[dist.ProcessGroup, dist.ProcessGroup] = {}
         backwards = plan.entries[::-1]  # about the order in which gradients come
         shared = [entry for entry in backwards if entry.tile_group is not None]
         groups = [shared[start : start + CHUNK] for start in range(0, len(shared), CHUNK)]
         # Whole weights need no sums. They are projected before DDP sends them, one by one.
         alone = [[entry] for entry in backwards if entry.tile_group is None]
-        self._chunks = [_Chunk(group, basis, twins) for group in groups]
-        self._alone = [_Chunk(group, basis, twins) for group in alone]
+        scratch = Scratch(plan.dtype)
+        self._chunks = [_Chunk(group, basis, twins, scratch) for group in groups]
+        self._alone = [_Chunk(group, basis, twins, scratch) for group in alone]
         self._home = {key: chunk for chunk in [*self._chunks, *self._alone] for key in chunk.parameters}
         self._next = 0
         self._agree = _twin(dist.group.WORLD, twins) if self._alone and dist.is_initialized() else None
         self._handles: list[Any] = []
-        self._totals: list[Tensor] = []
+        self._totals: dict[_Chunk, Tensor] = {}
+        self._device = plan.entries[0].fragment.storage.weight().device if plan.entries else torch.device("cpu")
 
     def hook(self) -> Callable[[], None]:
         """Start with the next backward pass; returns what takes the hooks off again."""
@@ -65,8 +64,9 @@ class BackwardOverlap:
     def finish(self) -> bool:
         """Project what is left. Returns whether all gradients were finite, on all ranks alike."""
         self._complete_round()
-        totals, self._totals = self._totals, []
-        total = torch.stack(totals).sum() if totals else torch.zeros(())
+        totals = [total.to(self._device) for chunk, total in self._totals.items() if chunk.has_gradients]
+        self._totals = {}
+        total = torch.stack(totals).sum() if totals else torch.zeros((), device=self._device)
         if self._agree is not None:  # DDP's ranks have looked at gradients of their own
             total = total * 0
             dist.all_reduce(total, group=self._agree)
@@ -75,9 +75,9 @@ class BackwardOverlap:
     @torch.no_grad()
     def _arrive(self, parameter: Tensor) -> None:
         chunk = self._home[id(parameter)]
-        if chunk in self._alone:
+        if chunk.is_alone:
             chunk.start()
-            self._totals.append(chunk.finish())
+            self._totals[chunk] = chunk.finish()
             return
         if chunk.started or id(parameter) in chunk.arrived:  # another micro-batch
             self._complete_round()
@@ -88,7 +88,8 @@ class BackwardOverlap:
     def _start_next(self) -> None:
         self._chunks[self._next].start()
         if self._next:
-            self._totals.append(self._chunks[self._next - 1].finish())
+            before = self._chunks[self._next - 1]
+            self._totals[before] = before.finish()
         self._next += 1
 
     def _complete_round(self) -> None:
@@ -96,7 +97,7 @@ class BackwardOverlap:
             return
         while self._next < len(self._chunks):
             self._start_next()
-        self._totals.append(self._chunks[-1].finish())
+        self._totals[self._chunks[-1]] = self._chunks[-1].finish()
         self._next = 0
 
 
@@ -104,7 +105,11 @@ class _Chunk:
     """A few entries with a plan and buffers of their own."""
 
     def __init__(
-        self, entries: Sequence[Entry], basis: SpuriousBasis, twins: dict[dist.ProcessGroup, dist.ProcessGroup]
+        self,
+        entries: Sequence[Entry],
+        basis: SpuriousBasis,
+        twins: dict[dist.ProcessGroup, dist.ProcessGroup],
+        scratch: Scratch,
     ) -> None:
         fragments = [_on_twins(entry.fragment, twins) for entry in entries]
         self.plan = build_plan([entry.target for entry in entries], fragments, basis)
@@ -113,7 +118,8 @@ class _Chunk:
                 bucket.group = _twin(bucket.group, twins)
         self.parameters = [id(entry.target.parameter) for entry in entries]
         self.arrived: set[int] = set()
-        self._runtime = Runtime(self.plan)
+        self.is_alone = entries[0].tile_group is None
+        self._runtime = Runtime(self.plan, scratch)
         self._sources: list[Tensor | None] = []
         self._pending: list[Any] | None = None
 
@@ -124,6 +130,10 @@ class _Chunk:
     @property
     def is_ready(self) -> bool:
         return len(self.arrived) == len(self.parameters)
+
+    @property
+    def has_gradients(self) -> bool:
+        return any(entry.fragment.storage.gradient() is not None for entry in self.plan.entries)
 
     def start(self) -> None:
         self._sources = [entry.fragment.storage.gradient() for entry in self.plan.entries]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from grasp_dist.errors import InputError
-from grasp_dist.projection.fragments import Block
+from grasp_dist.projection.fragments import Block, stack_shape
 from grasp_dist.projection.layout import Entry, Piece
 from grasp_dist.projection.plan import Plan, sum_over_groups
 from grasp_dist.projection.runtime import Runtime
@@ -84,6 +84,9 @@ class Pins:
             where = "missing from the checkpoint" if differing[0] in wanted else "not protected here"
             raise InputError(f"the pins of {differing[0]!r} are {where} ({len(differing)} such); {remedy}")
         for name, shape in wanted.items():
+            local = state[name].to_local() if isinstance(state[name], DTensor) else state[name]
+            if not local.isfinite().all():
+                raise InputError(f"the pins of {name!r} hold NaN or infinity; resume from an earlier checkpoint")
             if tuple(state[name].shape) != shape:
                 raise InputError(
                     f"the pins of {name!r} have shape {tuple(state[name].shape)} in the checkpoint and {shape} here; "
@@ -140,10 +143,11 @@ def before_training(entry: Entry, initial: Mapping[str, Tensor]) -> Tensor | Non
             f"before training; pass extend(more, initial={{{target.name!r}: W0, ...}})"
         )
     shape = entry.fragment.shape
-    if start.numel() != shape[0] * shape[1] * shape[2]:
+    piece = not isinstance(entry.fragment, Block) and start.ndim == 1  # of a flat partition
+    if not piece and stack_shape(tuple(start.shape)) != shape:
         raise InputError(
             f"initial[{target.name!r}] has shape {tuple(start.shape)}, but the parameter has {shape[0]} matrices of "
-            f"{shape[1:]}"
+            f"{shape[1:]}; pass the whole weight as the model stores it"
         )
     weight = entry.fragment.storage.weight()
     return entry.fragment.storage.like(start).to(weight.device)

@@ -1,8 +1,8 @@
 """The plan: what a pass does to every fragment, and the flat sketch buffers; built once, the same on every rank.
 
 There is one bucket per process group to sum over, and one per device for what needs no sum; a pass is one all-reduce
-per bucket with a group. Building is collective: ranks compare a hash of the layout and a checksum of what each of them
-holds whole, and sum the Gram matrices of the bases.
+per bucket with a group. Building is collective: ranks compare a hash of the layout and a checksum of
+the bases' first rows, and sum the Gram matrices of the bases.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ def build_plan(
     plan = Plan(torch.float64 if torch.float64 in dtypes else torch.float32, spread=spread)
     rows, buckets = BasisRows(basis, plan.dtype), Buckets()
     trouble: InputError | None = None
+    checksums: list[list[float]] = []
     try:
         for target, fragment in pairs:
             plan.entries.append(lay_out(target, fragment, rows, buckets))
+            checksums.append(_checksums(plan.entries[-1], rows))
     except InputError as error:  # one rank's rows may be damaged: the others must not wait for it
         trouble = error
-    _check_same(plan, pairs, trouble, spread)
+    _check_same(plan, pairs, checksums, trouble)
     _check_orthonormal(plan)
     _add_flags(plan, buckets, spread)
     plan.buckets = buckets.all
@@ -94,11 +96,19 @@ def _add_flags(plan: Plan, buckets: Buckets, spread: bool) -> None:
         groups = {dist.group.WORLD}
     elif all(_all_see(entry) for entry in plan.entries):
         return
-    device = plan.entries[0].fragment.storage.weight().device if plan.entries else torch.device("cpu")
     for group in groups:
+        device = _device_of(group, plan)
         bucket = buckets.all[buckets.index(group, device)]
         bucket.flag = bucket.numel
         bucket.numel += 1
+
+
+def _device_of(group: dist.ProcessGroup | None, plan: Plan) -> torch.device:
+    """Where a number that this group sums must lie; equal on all of its ranks."""
+    if group is not dist.group.WORLD:
+        return plan.entries[0].fragment.storage.weight().device
+    on_gpu = torch.cuda.is_available() and "cuda" in dist.get_backend_config(group)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def _all_see(entry: Entry) -> bool:
@@ -114,11 +124,16 @@ def _all_see(entry: Entry) -> bool:
     return left and len(fragment.cut_experts) == fragment.shape[0]
 
 
-def _check_same(plan: Plan, pairs: Sequence[tuple[Target, Fragment]], trouble: InputError | None, spread: bool) -> None:
+def _check_same(
+    plan: Plan,
+    pairs: Sequence[tuple[Target, Fragment]],
+    checksums: Sequence[Sequence[float]],
+    trouble: InputError | None,
+) -> None:
     checked: dict[dist.ProcessGroup, list[int]] = {}
     for index, (_, fragment) in enumerate(pairs):
         # In a pipeline, the ranks of another stage have no copy of a plain tensor.
-        elsewhere = spread and fragment.check_group is dist.group.WORLD
+        elsewhere = plan.spread and fragment.check_group is dist.group.WORLD
         if fragment.check_group is not None and not elsewhere:
             checked.setdefault(fragment.check_group, []).append(index)
     for group, indices in checked.items():
@@ -134,7 +149,7 @@ def _check_same(plan: Plan, pairs: Sequence[tuple[Target, Fragment]], trouble: I
                 "the ranks do not protect the same weights with the same basis shapes; load one basis, with the same "
                 "rank and side, on every rank"
             )
-        sums = [value for index in indices for value in _checksums(plan.entries[index])]
+        sums = [value for index in indices for value in checksums[index]]
         largest = _largest([*sums, *(-value for value in sums)], group, device) if sums else []
         for index in range(len(sums)):
             if largest[index] + largest[index + len(sums)] > 1e-3:
@@ -166,17 +181,18 @@ def _largest(values: list[float], group: dist.ProcessGroup, device: torch.device
     return tensor.tolist()
 
 
-def _checksums(entry: Entry) -> list[float]:
-    """One number for each side of which every rank holds all, different for different columns."""
-    if not isinstance(entry.fragment, Block) or entry.fragment.box.experts != (0, entry.fragment.shape[0]):
-        return []
-    (part,) = entry.parts
+def _checksums(entry: Entry, rows: BasisRows) -> list[float]:
+    """One number for the first rows of each side, whichever of them are here; different for different columns."""
     sums = []
-    whole = ((part.left, entry.fragment.row_group), (part.right, entry.fragment.column_group))
-    for columns in (side for side, group in whole if side is not None and group is None):
-        wide = columns.double()
-        experts, rows, k = (torch.arange(n, dtype=torch.float64, device=wide.device).cos() for n in wide.shape)
-        sums.append(torch.einsum("erk,e,r,k->", wide, experts, rows, k).item())
+    device = entry.fragment.storage.weight().device
+    for where in ("left", "right"):
+        if where in entry.target.shapes:
+            head = (0, min(64, entry.target.shapes[where][-2]))
+            columns = rows.read(entry.target.weight, entry.side(where), (0, 1), head, device)
+            assert columns is not None
+            wide = columns[0].double()
+            length, k = (torch.arange(n, dtype=torch.float64, device=device).cos() for n in wide.shape)
+            sums.append((length @ wide @ k).item())
     return sums
 
 

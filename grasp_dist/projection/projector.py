@@ -82,7 +82,7 @@ class GraspProjector:
                 "overlap=True projects gradients in torch's own gradient hooks, which needs gradient=True and a model "
                 "that is neither DeepSpeed's nor in FSDP1; leave overlap out"
             )
-        self._overlaps = overlap
+        self._overlaps, self._fresh = overlap, True
         self._overlap: BackwardOverlap | None = None
         self._optimizer: Any = None
         self._unhook: Callable[[], None] = _nothing
@@ -114,7 +114,7 @@ class GraspProjector:
 
         optimizer: a torch optimizer, Accelerate's or Lightning's wrapper of one, or a DeepSpeed engine or its
         optimizer, that holds every protected parameter. Raises `InputError` for anything else, when already attached,
-        and when another projector is attached to the same optimizer.
+        and when another projector is attached to the same optimizer. Collective with overlap=True.
         """
         if self._optimizer is not None:
             raise InputError("this projector is attached already; call detach() first")
@@ -138,11 +138,12 @@ class GraspProjector:
         not, none of them was changed, and a step that nobody else leaves out raises `NonFiniteError`. With
         gradient=False it only looks.
         """
-        if self._overlap is not None:
-            finite = self._overlap.finish()
-        else:
+        self._watch()
+        finite = self._overlap is None or self._overlap.finish()
+        if self._overlap is None or self._fresh:  # gradients may be older than the hooks
             gradients = [entry.fragment.storage.gradient() for entry in self._plan.entries]
-            finite = self._runtime.project(gradients, apply=self._gradient)
+            finite = self._runtime.project(gradients, apply=self._gradient) and finite
+        self._fresh = not finite
         self._looked_at = _Look(self._plan, finite)
         return finite
 
@@ -188,8 +189,9 @@ class GraspProjector:
         if self._pin and self._begun:
             self._restore()
             for entry in self._plan.entries:
-                if entry.fragment.storage.publish is not None:
-                    entry.fragment.storage.publish()
+                storage = entry.fragment.storage
+                if storage.publish is not None and not storage.copies():  # else ranks would differ until the next step
+                    storage.publish()
 
     # -- looking
 
@@ -236,7 +238,7 @@ class GraspProjector:
         """The pins: {"<parameter>.<side>": (k, length)}, directions first, fp32 or wider; zero for LoRA factors.
 
         The length is that of the parameter's other side. DTensors where a rank holds a piece, plain tensors where it
-        holds all; they share memory with the projector's own.
+        holds all, which share memory with the projector's own; summed copies where partitions are flat. Collective.
         """
         return self._pins.state_dict()
 
@@ -264,6 +266,8 @@ class GraspProjector:
                 f"none of the {len(basis)} weights of the basis is trained, by itself or by LoRA (the first is "
                 f"{basis.weights[0]!r}); train modules that the basis covers, or detect a basis for those that are"
             )
+        if elsewhere and self._overlaps:
+            raise InputError("overlap=True needs every weight of the basis on every rank (no pipeline); leave it out")
         fragments = [self._framework.fragment(target.name, target.parameter) for target in targets]
         for target, fragment in zip(targets, fragments, strict=True):
             check_shapes(target, fragment.shape)
@@ -271,18 +275,22 @@ class GraspProjector:
 
     def _hook_backward(self) -> None:
         """While attached, a backward pass undoes what a look at the gradients has found: a scaler may have left out the
-        step that it was for, and gradients may be accumulated in place. With `overlap` it projects as well."""
+        step that it was for, and gradients may be accumulated in place. With `overlap` it projects as well; collective.
+        """
         for handle in self._watches:
             handle.remove()
         self._unhook_backward()
+        self._looked_at, self._stepped, self._fresh = None, set(), True
         self._watches, self._unhook_backward, self._overlap = [], _nothing, None
-        if self._optimizer is None:
-            return
-        for target in _targets(self._plan):
-            self._watches.append(target.parameter.register_post_accumulate_grad_hook(self._forget))
-        if self._overlaps and self.basis is not None:
+        if self._optimizer is not None and self._overlaps and self.basis is not None:
             self._overlap = BackwardOverlap(self._plan, self.basis)
             self._unhook_backward = self._overlap.hook()
+
+    def _watch(self) -> None:
+        """Only for loops that call `project_gradients` themselves: such hooks cost fully_shard's CPU offload a wait."""
+        if self._optimizer is not None and not self._watches:
+            for target in _targets(self._plan):
+                self._watches.append(target.parameter.register_post_accumulate_grad_hook(self._forget))
 
     def _check_owned(self, optimizer: Any, plan: Plan) -> None:
         owned = self._framework.owned(optimizer)
@@ -327,7 +335,9 @@ class GraspProjector:
 
     def _before_step(self) -> None:
         look = self._looked_at
-        finite = look.finite if look is not None and look.holds(self._plan) else self.project_gradients()
+        # In a pipeline a rank may have no gradient to tell by; then all of them look again.
+        known = look is not None and not self._plan.spread and look.holds(self._plan)
+        finite = look.finite if look is not None and known else self.project_gradients()
         self._looked_at = None
         if not finite and not self._framework.handles_overflow(self._optimizer):
             raise NonFiniteError(

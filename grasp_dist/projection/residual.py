@@ -70,7 +70,8 @@ def check_start(plan: Plan, runtime: Runtime, weights: Sequence[Tensor], framewo
 
 
 def _square(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor).double().square()
+    wide = torch.float32 if tensor.dtype.itemsize < 4 else tensor.dtype
+    return torch.linalg.vector_norm(tensor, dtype=wide).double().square()
 
 
 def _ratio(off: float, norm: float) -> float:

@@ -26,7 +26,7 @@ from grasp_dist.projection.fragments import Interval, Span
 from grasp_dist.projection.layout import Entry, Overlap, Part, View
 from grasp_dist.projection.plan import Plan
 
-__all__ = ["SCRATCH_NUMEL", "Runtime"]
+__all__ = ["SCRATCH_NUMEL", "Runtime", "Scratch"]
 
 SCRATCH_NUMEL = 1 << 22
 """Numbers in the scratch buffer for half-precision tensors (16 MB in fp32); a longer row makes it longer."""
@@ -39,11 +39,12 @@ takes part in the sums."""
 class Runtime:
     """Executes a plan. `sources` are one per entry, in the plan's order."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, scratch: Scratch | None = None) -> None:
+        """scratch: to share, with another of the same dtype whose passes do not run at the same time."""
         self.flats = plan.new_flats()
         self._devices = {bucket.device.type for bucket in plan.buckets}
-        scratch = _Scratch(plan.dtype)
-        entries = [_Entry(entry, self.flats, plan, scratch) for entry in plan.entries]
+        self.scratch = scratch or Scratch(plan.dtype)
+        entries = [_Entry(entry, self.flats, plan, self.scratch) for entry in plan.entries]
         units = {entry.fragment.unit for entry in plan.entries}
         self._all = _Pass(plan, entries, self.flats, None)
         self._of_unit = {unit: _Pass(plan, entries, self.flats, unit) for unit in units}
@@ -206,7 +207,7 @@ def full_precision(devices: set[str]) -> Iterator[None]:
 _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn"}
 
 
-class _Scratch:
+class Scratch:
     """Memory in which half-precision pieces are worked on, one buffer per device."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -303,16 +304,16 @@ class _Step:
             if side is not None and not side.adds:
                 side.sketch.zero_()
 
-    def sketch_rounded(self, box: Tensor, scratch: _Scratch) -> None:
+    def sketch_rounded(self, box: Tensor, scratch: Scratch) -> None:
         left, right = self.stacked
         self.clear()
         for experts, rows, _, piece in scratch.pieces(box if box.ndim == 3 else box.unsqueeze(0)):
             if left is not None:
                 left.sketch[experts].baddbmm_(left.basis_T[experts, :, rows], piece)
             if right is not None:
-                right.sketch[experts, :, rows] = torch.bmm(right.basis_T[experts], piece.mT)
+                right.sketch[experts, :, rows].baddbmm_(right.basis_T[experts], piece.mT)
 
-    def apply_rounded(self, box: Tensor, scratch: _Scratch) -> None:
+    def apply_rounded(self, box: Tensor, scratch: Scratch) -> None:
         left, right = self.stacked
         for experts, rows, here, piece in scratch.pieces(box if box.ndim == 3 else box.unsqueeze(0)):
             if left is not None:
@@ -351,7 +352,7 @@ class _OverlapStep:
 class _Entry:
     """One protected parameter's share of a pass."""
 
-    def __init__(self, entry: Entry, flats: Sequence[Tensor], plan: Plan, scratch: _Scratch) -> None:
+    def __init__(self, entry: Entry, flats: Sequence[Tensor], plan: Plan, scratch: Scratch) -> None:
         self._dtype, self._scratch = plan.dtype, scratch
         self._steps = [_Step(part, flats, plan) for part in entry.parts]
         self._overlaps = [_OverlapStep(overlap, flats) for overlap in entry.overlaps]

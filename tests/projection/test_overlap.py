@@ -149,6 +149,44 @@ def test_the_work_is_done_before_the_step():
     assert torch.equal(model.layers[0].weight.grad, twin.layers[0].weight.grad)
 
 
+def _backward(model: nn.Module, seed: int = 0) -> None:
+    model(draw(3, WIDTH, seed=seed, dtype=torch.float32)).square().mean().backward()
+
+
+def test_gradients_from_before_the_hooks_are_projected_too():
+    model, basis = Stack(), _basis()
+    U = basis.tensor("layers.0.weight", "write")
+    _backward(model)
+    projector = GraspProjector(model, basis, overlap=True)
+    projector.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert (U.T @ model.layers[0].weight.grad).norm() > 1e-4
+    assert projector.project_gradients()
+    assert (U.T @ model.layers[0].weight.grad).norm() < 1e-6
+
+
+def test_a_step_that_a_scaler_left_out_does_not_spoil_the_next():
+    model = Stack()
+    projector = GraspProjector(model, _basis(), overlap=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    projector.attach(optimizer)
+    model(torch.full((3, WIDTH), torch.inf)).square().mean().backward()
+    optimizer.zero_grad()  # as a loop does that finds the overflow by itself
+    _backward(model)
+    optimizer.step()
+    model(torch.full((3, WIDTH), torch.inf)).square().mean().backward()
+    for _ in range(2):  # and asking again does not help
+        with pytest.raises(NonFiniteError):
+            optimizer.step()
+
+
+def test_half_precision_chunks_share_one_buffer():
+    model = Stack().to(torch.bfloat16)
+    projector = GraspProjector(model, _basis(), overlap=True)
+    projector.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    model(draw(3, WIDTH, seed=0, dtype=torch.bfloat16)).square().mean().backward()
+    assert len({id(chunk._runtime.scratch) for chunk in projector._overlap._alone}) == 1
+
+
 def test_without_gradients_it_is_refused():
     with pytest.raises(InputError, match="overlap=True"):
         GraspProjector(Stack(), _basis(), gradient=False, overlap=True)

@@ -298,6 +298,24 @@ def test_state_dict_of_another_basis_is_refused():
         GraspProjector(_net(), BASIS, rank=1).load_state_dict(state)
 
 
+def test_pins_that_are_not_finite_are_refused():
+    projector = GraspProjector(_net(), BASIS)
+    state = {name: torch.full_like(pin, torch.nan) for name, pin in projector.state_dict().items()}
+    with pytest.raises(InputError, match="NaN or infinity"):
+        projector.load_state_dict(state)
+
+
+def test_a_start_that_is_transposed_is_refused():
+    model = _net()
+    projector = GraspProjector(model, BASIS)
+    optimizer = _adamw(model)
+    projector.attach(optimizer)
+    _train(model, optimizer, 2)
+    start = {name: value.T if value.ndim == 2 else value for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"initial\['first.weight'\] has shape \(7, 12\).*as the model stores it"):
+        projector.extend(MORE, initial=start)
+
+
 def test_detach_lets_go():
     model = _net()
     projector = GraspProjector(model, BASIS)

@@ -211,9 +211,13 @@ def _on_two_ranks() -> dict[str, str]:
     for name, basis in (
         ("shapes", _basis(k=1 + world_rank)),
         ("content", _basis().random_like(world_rank)),
+        ("sign", _flipped(world_rank)),
         ("damaged", _basis()),
     ):
         model = Net()
+        if name == "sign":
+            model.down_proj.weight = nn.Parameter(distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)]))
+            model.down_proj.bias = None
         if name == "damaged":
             model.down_proj.weight = nn.Parameter(distribute_tensor(torch.ones(8, 6), mesh, [Shard(0)]))
             model.down_proj.bias = None
@@ -224,6 +228,11 @@ def _on_two_ranks() -> dict[str, str]:
         except InputError as error:
             found[name] = str(error)
     return found
+
+
+def _flipped(rank: int) -> SpuriousBasis:
+    """The same subspace on every rank, its columns of another sign on the second."""
+    return SpuriousBasis.from_tensors({"down_proj.weight.write": orthonormal(8, 2, 0) * (1 - 2 * rank)})
 
 
 def _fail() -> None:
@@ -239,5 +248,6 @@ def test_placements_and_ranks_that_disagree():
         assert found["replicated"] == ""
         assert "do not protect the same weights" in found["shapes"]
         assert "different bases of the same shapes" in found["content"]
+        assert "different bases of the same shapes" in found["sign"]
     assert "another rank cannot read" in ranks[0]["damaged"]
     assert "rows hold NaN" in ranks[1]["damaged"]

@@ -20,9 +20,9 @@ def unwrap(optimizer: Any) -> Optimizer:
 
     Raises `InputError`, by name, for DeepSpeed's, and for classes that bypass torch's step hooks.
     """
-    kind = type(optimizer).__name__
     while type(optimizer).__name__ in ("AcceleratedOptimizer", "LightningOptimizer"):
         optimizer = optimizer.optimizer
+    kind = type(optimizer).__name__
     if not isinstance(optimizer, Optimizer):
         if any(base.__module__.partition(".")[0] == "deepspeed" for base in type(optimizer).__mro__):
             raise InputError(
