@@ -57,38 +57,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--picture", type=Path, help="draw the ratios to this file")
     arguments = parser.parse_args()
+    header = (
+        ["case", "ranks"]
+        + [f"{name} ms" for name in NAMES]
+        + ["GRASP / floor", "DTensor / GRASP", "per weight / GRASP", "gather / GRASP"]
+        + ["MB on the wire, GRASP / gather", "MB allocated in a pass, GRASP / gather", "MB of basis and sketches"]
+    )
     print(machine() + "\n")
-    rows, drawn = [], []
+    print(table(header, []), flush=True)
+    drawn = []
     for case in arguments.cases:
         for world in arguments.worlds:
             for side in SIDES:
                 found = run_ranks(measure, world, case, side, arguments.rounds if case != "d-full" else 6)
                 ms, wire, memory = found["ms"], found["wire"], found["memory"]
-                ours = ms["grasp"]
                 drawn.append((case, world, side, ms))
-                rows.append(
-                    [f"({case}) {CASES[case][0]}, {side}", world]
-                    + [f"{ms[name]:.2f}" if name in ms else "-" for name in NAMES]
-                    + [
-                        f"{ours / ms['floor']:.2f}",
-                        _ratio(ms, "dtensor"),
-                        _ratio(ms, "per weight"),
-                        _ratio(ms, "gather"),
-                    ]
-                    + [f"{wire['grasp'] / 1e6:.2f} / {wire['gather'] / 1e6:.1f}"]
-                    + [f"{memory['grasp'] / 1e6:.2f} / {memory['gather'] / 1e6:.1f}", f"{found['basis'] / 1e6:.1f}"]
-                )
-                print(f"  {rows[-1][0]} on {world}: {ours:.2f} ms", flush=True)
-    print()
-    print(
-        table(
-            ["case", "ranks"]
-            + [f"{name} ms" for name in NAMES]
-            + ["GRASP / floor", "DTensor / GRASP", "per weight / GRASP", "gather / GRASP"]
-            + ["MB on the wire, GRASP / gather", "MB allocated in a pass, GRASP / gather", "MB of basis and sketches"],
-            rows,
-        )
-    )
+                row = [f"({case}) {CASES[case][0]}, {side}", str(world)]
+                row += [f"{ms[name]:.2f}" if name in ms else "-" for name in NAMES]
+                row += [f"{ms['grasp'] / ms['floor']:.2f}"]
+                row += [_ratio(ms, name) for name in ("dtensor", "per weight", "gather")]
+                row += [f"{wire['grasp'] / 1e6:.2f} / {wire['gather'] / 1e6:.1f}"]
+                row += [f"{memory['grasp'] / 1e6:.2f} / {memory['gather'] / 1e6:.1f}", f"{found['basis'] / 1e6:.1f}"]
+                print("| " + " | ".join(row) + " |", flush=True)
     if arguments.picture:
         _draw(drawn, arguments.picture)
 

@@ -210,7 +210,9 @@ def _world() -> dict:
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-6, torch.bfloat16: 8e-3}
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3, 4], ids=lambda world: f"world{world}")
+@pytest.fixture(
+    scope="module", params=[1, 2, pytest.param(3, marks=pytest.mark.slow), 4], ids=lambda world: f"world{world}"
+)
 def world(request):
     return request.param, run_distributed(_world, request.param)
 
