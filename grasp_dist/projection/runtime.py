@@ -326,27 +326,35 @@ class _Step:
 class _OverlapStep:
     """C <- C - E Q^T."""
 
+    __slots__ = ("_C", "_D", "_E", "_P_T", "_Q", "_Q_T", "_add", "_product", "_summed")
+
     def __init__(self, overlap: Overlap, flats: Sequence[Tensor]) -> None:
-        self._C = overlap.left_view.of(flats)
-        experts = self._C.shape[0]
-        self._Q = overlap.right.expand(experts, -1, -1)
-        self._P_T = None if overlap.left is None else overlap.left.expand(experts, -1, -1).mT
-        self._D = None if overlap.right_view is None else overlap.right_view.of(flats).mT
+        C = overlap.left_view.of(flats)
+        experts = C.shape[0]
+        Q = overlap.right.expand(experts, -1, -1)
+        P_T = None if overlap.left is None else overlap.left.expand(experts, -1, -1).mT
+        D = None if overlap.right_view is None else overlap.right_view.of(flats).mT
         self._summed = overlap.own is not None
-        shape = experts, self._C.shape[1], self._Q.shape[2]
-        self._E = self._C.new_empty(shape) if overlap.own is None else overlap.own.of(flats)
+        E = C.new_empty(experts, C.shape[1], Q.shape[2]) if overlap.own is None else overlap.own.of(flats)
+        self._product: Callable[..., Tensor] = torch.bmm
+        self._add: Callable[..., Tensor] = Tensor.baddbmm_
+        if experts == 1:
+            C, Q, E = C[0], Q[0], E[0]
+            P_T, D = None if P_T is None else P_T[0], None if D is None else D[0]
+            self._product, self._add = torch.mm, Tensor.addmm_
+        self._C, self._Q, self._Q_T, self._E, self._P_T, self._D = C, Q, Q.mT, E, P_T, D
 
     def sketch(self) -> None:
         """The partial sums of E, from those of C."""
         if self._summed:
-            torch.bmm(self._C, self._Q, out=self._E)
+            self._product(self._C, self._Q, out=self._E)
 
     def take_out(self) -> None:
-        if self._P_T is not None and self._D is not None:
-            torch.bmm(self._P_T, self._D, out=self._E)
+        if self._P_T is not None:
+            self._product(self._P_T, self._D, out=self._E)
         elif not self._summed:
-            torch.bmm(self._C, self._Q, out=self._E)
-        self._C.baddbmm_(self._E, self._Q.mT, alpha=-1)
+            self._product(self._C, self._Q, out=self._E)
+        self._add(self._C, self._E, self._Q_T, alpha=-1)
 
 
 class _Entry:
