@@ -364,6 +364,9 @@ def _draw(drawn: list, path: Path) -> None:
                     index + 0.16 * (offset - 2), ms[name], 0.15, color=colours[name], label=name if not index else None
                 )
         axis.set_yscale("log")
+        axis.set_ylim(bottom=1)  # bars that begin at 1 ms: their lengths compare, on a logarithmic scale
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.set_xticks(range(len(group)), [f"{world} rank{'s' * (world > 1)}\n{side}" for world, side, _ in group])
         axis.set_title(f"({case}) {CASES[case][0]}", loc="left", fontsize=9)
         axis.set_ylabel("ms a pass")
