@@ -23,6 +23,7 @@ from tests.distributed import run_distributed
 from tests.projection.projection_cases import Watch, Zoo, draw, per_expert, relative_error, sides_of, stepped, zoo_basis
 
 LEARNING_RATE, DECAY = 0.3, 0.1
+_recognise = projector.recognise
 SIDES = ("write", "read", "both")
 CUTS = ("even", "ragged", "first and last", "last rank holds all")
 CASES = [(cut, side, torch.float32) for cut in CUTS for side in SIDES] + [("ragged", "both", torch.bfloat16)]
@@ -129,6 +130,10 @@ def _one_case(cut: str, side: str, dtype: torch.dtype) -> dict:
         errors[name] = relative_error(found.view(wanted.shape), wanted)
 
     pins = {name: pin.clone() for name, pin in grasp.state_dict().items()}
+    projector.recognise = _recognise
+    elsewhere = GraspProjector(model, basis).state_dict()  # of the same weights, not sharded
+    grasp.load_state_dict(elsewhere)
+    moved = max(relative_error(pins[name], elsewhere[name]) for name in pins)
     grasp.load_state_dict({name: 2 * pin for name, pin in pins.items()})
     doubled = {name: pin.clone() for name, pin in grasp.state_dict().items()}
     grasp.load_state_dict(pins)
@@ -150,6 +155,7 @@ def _one_case(cut: str, side: str, dtype: torch.dtype) -> dict:
         "bytes": grasp.bytes_per_pass,
         "residual": grasp.residual(),
         "pins": pins,
+        "same pins elsewhere": (pins.keys() == elsewhere.keys(), moved),
         "doubled": all(torch.equal(2 * pins[name], doubled[name]) for name in pins),
         "not raised": len(protected) - raised,
     }
@@ -198,6 +204,14 @@ def test_pins_are_whole_equal_and_loadable(ranks):
         for rank in ranks:
             for name, pin in found["pins"].items():
                 assert torch.equal(rank[case]["pins"][name], pin), (case, name)
+
+
+def test_pins_of_another_layout_are_the_same(ranks):
+    """Names, shapes and values: what was saved under one framework loads under another."""
+    for case, found in ranks[0].items():
+        named_alike, off = found["same pins elsewhere"]
+        assert named_alike
+        assert off <= 1e-5, case
 
 
 def test_a_non_finite_gradient_is_raised_on_every_rank(ranks):
