@@ -6,7 +6,7 @@ C = P^T M, (k_l, C), and D^T = Q^T M^T, (k_r, R): directions first, so that the 
 and on M^T. C sums over rows, D over columns.
 
 There are two kinds, both made by adapters, which alone know the framework: a `Block` is a box of the stack, an
-`Interval` a run of the flattened stack, which may cut rows. `boxes` takes either apart into boxes.
+`Interval` a run of the flattened stack, which may cut rows; `Interval.boxes` takes it apart into boxes.
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ class Interval:
     storage: Storage
     unit: int = 0
     """As for a block."""
+
+    @property
+    def tile_group(self) -> dist.ProcessGroup | None:
+        """As for a block."""
+        return self.group
 
     @cached_property
     def cut_experts(self) -> tuple[int, ...]:

@@ -118,7 +118,7 @@ class Entry:
     @property
     def tile_group(self) -> dist.ProcessGroup | None:
         """The ranks that share the stack."""
-        return self.fragment.tile_group if isinstance(self.fragment, Block) else self.fragment.group
+        return self.fragment.tile_group
 
     def side(self, where: str) -> str | None:
         """The basis' side behind "left" or "right"."""

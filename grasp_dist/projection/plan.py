@@ -1,8 +1,8 @@
 """The plan: what a pass does to every fragment, and the flat sketch buffers; built once, the same on every rank.
 
 There is one bucket per process group to sum over, and one per device for what needs no sum; a pass is one all-reduce
-per bucket with a group. Building is collective: ranks compare a hash of the layout and a checksum of
-the bases' first rows, and sum the Gram matrices of the bases.
+per bucket with a group. Building is collective: ranks compare a hash of the layout and a checksum of the bases' first
+rows, and sum the Gram matrices of the bases.
 """
 
 from __future__ import annotations

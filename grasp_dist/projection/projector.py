@@ -336,8 +336,10 @@ class GraspProjector:
     def _before_step(self) -> None:
         look = self._looked_at
         # In a pipeline a rank may have no gradient to tell by; then all of them look again.
-        known = look is not None and not self._plan.spread and look.holds(self._plan)
-        finite = look.finite if look is not None and known else self.project_gradients()
+        if look is None or self._plan.spread or not look.holds(self._plan):
+            finite = self.project_gradients()
+        else:
+            finite = look.finite
         self._looked_at = None
         if not finite and not self._framework.handles_overflow(self._optimizer):
             raise NonFiniteError(

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from grasp_dist.errors import InputError
 from grasp_dist.projection.adapters import Framework
-from grasp_dist.projection.fragments import Block
 from grasp_dist.projection.pins import Pins
 from grasp_dist.projection.plan import Plan, sum_over_groups
 from grasp_dist.projection.runtime import Runtime
@@ -54,8 +53,7 @@ def check_start(plan: Plan, runtime: Runtime, weights: Sequence[Tensor], framewo
             terms.append((None, torch.tensor(torch.inf, dtype=torch.float64)))
         else:
             fragment = framework.fragment(entry.target.name, partner)
-            group = fragment.tile_group if isinstance(fragment, Block) else fragment.group
-            terms.append((group, _square(fragment.storage.weight())))
+            terms.append((fragment.tile_group, _square(fragment.storage.weight())))
     partners = [value.item() for value in sum_over_groups(terms)]
     residuals = relative_residuals(plan, runtime, weights, None)
     for entry, off, partner_norm in zip(plan.entries, residuals, partners, strict=True):

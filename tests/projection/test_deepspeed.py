@@ -511,6 +511,8 @@ def _own_optimizers() -> dict[str, Any]:
         try:
             engine = make_engine(make_model("full"), settings, kind)
         except RuntimeError as error:
+            if "extension" not in str(error) and "JIT" not in str(error):
+                raise  # not a kernel that cannot be compiled here
             result[name] = str(error)
             continue
         projector = GraspProjector(engine, odd_basis("both"))
@@ -524,8 +526,11 @@ def _own_optimizers() -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_deepspeeds_own_optimizers_and_partial_offload():
-    for name, found in run_distributed(_own_optimizers, 2)[0].items():
-        if isinstance(found, str):
-            pytest.skip(f"{name} cannot be built here: {found}")
-        assert found[0] <= 1e-6, name
-        assert found[1] == 10, name
+    results = run_distributed(_own_optimizers, 2)[0]
+    built = {name: found for name, found in results.items() if not isinstance(found, str)}
+    assert "Adagrad, which ZeRO makes anew" in built  # needs no compiler
+    for name, (residual, steps) in built.items():
+        assert residual <= 1e-6, name
+        assert steps == 10, name
+    if unbuilt := {name: why for name, why in results.items() if name not in built}:
+        pytest.skip(f"cannot be built here: {unbuilt}")

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from grasp_dist.errors import InputError
+from grasp_dist.projection.adapters import torch_optimizers
 from grasp_dist.projection.adapters.flat import Groups, Run
 from grasp_dist.projection.fragments import Interval, Storage, stack_shape
 
@@ -358,11 +359,7 @@ class _Plain:
         return []
 
     def hook(self, before: _Before, after: _After) -> _Remove:
-        handles = (
-            self._optimizer.register_step_pre_hook(lambda *_: before()),
-            self._optimizer.register_step_post_hook(lambda *_: after(0)),
-        )
-        return _both(*(handle.remove for handle in handles))
+        return torch_optimizers.hook(self._optimizer, before, after)
 
     def handles_overflow(self) -> bool:
         return False
@@ -526,7 +523,7 @@ def _check_hooks(inner: Any) -> None:
             f"{type(inner).__name__} does not run the step hooks of torch.optim.Optimizer; use an optimizer that "
             "derives from it, such as torch.optim.AdamW or DeepSpeed's Adam"
         )
-    if callable(getattr(inner, "train", None)) and callable(getattr(inner, "eval", None)):
+    if torch_optimizers.swaps_weights(inner):
         raise InputError(
             f"{type(inner).__name__} puts other weights in place for evaluation, which is not supported under "
             "DeepSpeed; use an optimizer without train() and eval()"

@@ -5,6 +5,7 @@ Both FSDP1 and DeepSpeed ZeRO shard like this. Everything here is arithmetic tha
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +50,7 @@ class Run:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
     @property
     def span(self) -> Span:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from grasp_dist.errors import InputError
 
-__all__ = ["beside", "handles_overflow", "hook", "owned", "unwrap"]
+__all__ = ["beside", "handles_overflow", "hook", "owned", "swaps_weights", "unwrap"]
 
 _SCHEDULE_FREE = ("AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree")
 
@@ -33,7 +33,7 @@ def unwrap(optimizer: Any) -> Optimizer:
     # Optimizer.__init__ replaces the class' step by one that runs the hooks, and marks it.
     if not getattr(type(optimizer).step, "hooked", False) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise InputError(f"{kind} does not run torch's step hooks, so GRASP cannot attach to it; use a stock optimizer")
-    if _swaps_weights(optimizer) and kind not in _SCHEDULE_FREE:
+    if swaps_weights(optimizer) and kind not in _SCHEDULE_FREE:
         raise InputError(
             f"{kind} puts other weights in place for evaluation (train() and eval()), and GRASP does not know how it "
             f"keeps them; use one of schedulefree's {', '.join(_SCHEDULE_FREE)}, or an optimizer without these modes"
@@ -68,10 +68,11 @@ def beside(optimizer: Any) -> Callable[[nn.Parameter], Tensor | None] | None:
     for evaluation x, which is pinned if y and z are.
     """
     inner = unwrap(optimizer)
-    return (lambda parameter: inner.state.get(parameter, {}).get("z")) if _swaps_weights(inner) else None
+    return (lambda parameter: inner.state.get(parameter, {}).get("z")) if swaps_weights(inner) else None
 
 
-def _swaps_weights(optimizer: Any) -> bool:
+def swaps_weights(optimizer: Any) -> bool:
+    """Whether it puts other weights in place for evaluation, as schedule-free optimizers do."""
     return callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
 
 
