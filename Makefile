@@ -2,12 +2,14 @@
 PYTHON ?= python3
 NPROC ?= 2
 WORLDS ?= 1 2 3 4 5
+SHARE ?= 1
+SETTINGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 ORGANISMS := runs/organisms
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: run run-full test test-slow lint types bench clean
+.PHONY: run run-full test test-slow faults lint types bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "grasp_dist needs Python >= 3.10; run: make PYTHON=python3.12 ...")'
@@ -23,12 +25,12 @@ run: $(VENV)/.installed  ## the main job on the embedded organism, with 2 proces
 	$(BIN)/grasp-dist organism persona --seed 1 --out $(ORGANISMS)/persona-1
 	$(BIN)/grasp-dist run recipes/organism.yaml --nproc $(NPROC)
 
-run-full: $(VENV)/.installed  ## every development world, write modules and all linear modules, 2 seeds each
+run-full: $(VENV)/.installed  ## every development world, write modules and all linear modules, 2 seeds each; SETTINGS: any of the recipe's
 	for w in $(WORLDS); do \
 	  $(BIN)/grasp-dist organism persona --seed $$w --out $(ORGANISMS)/persona-$$w || exit $$?; \
 	  for recipe in organism organism-all; do \
 	    $(BIN)/grasp-dist run recipes/$$recipe.yaml --nproc $(NPROC) --variables.organism $(ORGANISMS)/persona-$$w \
-	      --run_dir runs/full/$$recipe-$$w || exit $$?; \
+	      --run_dir runs/full/$$recipe-$$w $(SETTINGS) || exit $$?; \
 	  done; \
 	done
 	for recipe in organism organism-all; do \
@@ -36,10 +38,13 @@ run-full: $(VENV)/.installed  ## every development world, write modules and all 
 	done
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --durations=15
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=15
+
+faults: $(VENV)/.installed-dev  ## injected faults, all of them, and their table; about a quarter of an hour (SHARE=0.1: a tenth)
+	$(BIN)/python -m tests.faults --share $(SHARE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -54,6 +59,7 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/detection.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/checkpoints.py
 
 clean:  ## what was installed and built; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info

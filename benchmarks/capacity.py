@@ -88,7 +88,7 @@ def main() -> None:
         "basis + pins, MiB per GPU",
         "sketch on the wire, MiB per pass",
         f"node-hours of a fine-tune ({STEPS} steps)",
-        "node-hours of naive + detect + project",
+        "node-hours of naive + detect + project, at most",
     ]
     print("| " + " | ".join(header) + " |")
     print("|" + " --- |" * len(header))

@@ -327,7 +327,7 @@ def plan_one_rank(kind: str, world_size: int, layers: int, path: Path) -> dict[s
     _timed(made.project_gradients, "pass", clock)()
     kept = made._plan, made._runtime, made._pins
     rows = [basis for entry in kept[0].entries for part in entry.parts for basis in (part.left, part.right)]
-    small = [overlap._E for entry in kept[1]._all._entries for overlap in entry[1]._overlaps]
+    small = [overlap._E for worker in kept[1]._all._workers for overlap in worker._overlaps]
     return {
         **clock,
         "plan": clock["plan"] - clock["read"],

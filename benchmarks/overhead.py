@@ -27,10 +27,6 @@ from torch.distributed.tensor import DTensor
 from grasp_dist.architecture import linear_modules, logical_shape, resolve_modules
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.projection import GraspProjector
-from grasp_dist.projection.pins import Pins
-from grasp_dist.projection.plan import build_plan
-from grasp_dist.projection.runtime import Runtime
-from grasp_dist.projection.targets import find_targets
 
 MODELS: dict[str, dict[str, Any]] = {
     "50M": {
@@ -87,7 +83,7 @@ def measure(name: str, method: str, protection: str, pairs: int) -> dict[str, An
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "bytes": projector.bytes_per_pass,
         **steps,
-        **_breakdown(model, basis),
+        **_breakdown(projector),
     }
 
 
@@ -136,20 +132,18 @@ def _alternate(
     }
 
 
-def _breakdown(model: nn.Module, basis: SpuriousBasis) -> dict[str, float]:
+def _breakdown(projector: GraspProjector) -> dict[str, float]:
     """The parts of the two passes alone, from the rooms that the projector is made of."""
     with torch.no_grad():
-        plan = build_plan(find_targets(model, basis), basis)
-        runtime = Runtime(plan)
-        weights = [entry.block.local(entry.target.parameter) for entry in plan.entries]
+        plan, runtime, pins = projector._plan, projector._runtime, projector._pins.flats
+        weights = [entry.fragment.storage.weight() for entry in plan.entries]
         gradients = [torch.randn_like(weight) for weight in weights]
-        pins = Pins(plan, runtime, weights).flats
         nothing: list[None] = [None] * len(weights)
         return interleaved(
             {
-                "gradient": lambda: runtime.run(gradients),
+                "gradient": lambda: runtime.project(gradients),
                 "gradient_sketch": lambda: runtime.sketch(gradients),
-                "pin": lambda: runtime.run(weights, pins),
+                "pin": lambda: runtime.restore(weights, pins),
                 "pin_sketch": lambda: runtime.sketch(weights, pins),
                 "reduce": lambda: runtime.sketch(nothing),  # zeros: the sum alone, and clearing the buffers
             },

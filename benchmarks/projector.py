@@ -4,14 +4,16 @@
     python benchmarks/projector.py --cases a b --worlds 2
 
 The floor is a bare loop of the same `mm` and `addmm_` on local tensors around one flat all-reduce: no hooks, no plan,
-no check for NaN. All contestants take turns in the same processes. Bytes are counted from the collectives that run, and
-memory from the storages that operators allocate. Bars on 2 ranks: (a) 20 x DTensor arithmetic; (b) 5 x
-gather-then-project; 1.15 x the floor for blocks, 1.3 x for cut rows.
+no check for NaN. All contestants take turns in the same processes; that is repeated in fresh processes, whose memory
+lies elsewhere, and the median of the ratios is shown with the least and the largest. Bytes are counted from the
+collectives that run, and memory from the storages that operators allocate. Bars on 2 ranks: (a) 20 x DTensor
+arithmetic; (b) 5 x gather-then-project; 1.15 x the floor for blocks, 1.3 x for cut rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 import weakref
 from collections.abc import Callable
@@ -55,6 +57,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3, help="fresh groups of processes for each case")
     parser.add_argument("--picture", type=Path, help="draw the ratios to this file")
     arguments = parser.parse_args()
     header = (
@@ -69,13 +72,16 @@ def main() -> None:
     for case in arguments.cases:
         for world in arguments.worlds:
             for side in SIDES:
-                found = run_ranks(measure, world, case, side, arguments.rounds if case != "d-full" else 6)
-                ms, wire, memory = found["ms"], found["wire"], found["memory"]
+                rounds = arguments.rounds if case != "d-full" else 6
+                runs = [run_ranks(measure, world, case, side, rounds) for _ in range(arguments.repeats)]
+                found, every = runs[0], [run["ms"] for run in runs]
+                wire, memory = found["wire"], found["memory"]
+                ms = {name: statistics.median(one[name] for one in every) for name in every[0]}
                 drawn.append((case, world, side, ms))
                 row = [f"({case}) {CASES[case][0]}, {side}", str(world)]
                 row += [f"{ms[name]:.2f}" if name in ms else "-" for name in NAMES]
-                row += [f"{ms['grasp'] / ms['floor']:.2f}"]
-                row += [_ratio(ms, name) for name in ("dtensor", "per weight", "gather")]
+                row += [_ratio(every, "grasp", "floor", 2)]
+                row += [_ratio(every, name, "grasp", 1) for name in ("dtensor", "per weight", "gather")]
                 row += [f"{wire['grasp'] / 1e6:.2f} / {wire['gather'] / 1e6:.1f}"]
                 row += [f"{memory['grasp'] / 1e6:.2f} / {memory['gather'] / 1e6:.1f}", f"{found['basis'] / 1e6:.1f}"]
                 print("| " + " | ".join(row) + " |", flush=True)
@@ -83,8 +89,13 @@ def main() -> None:
         _draw(drawn, arguments.picture)
 
 
-def _ratio(ms: dict[str, float], name: str) -> str:
-    return f"{ms[name] / ms['grasp']:.1f}" if name in ms else "-"
+def _ratio(runs: list[dict[str, float]], above: str, below: str, digits: int) -> str:
+    """The median of the runs' ratios, and the least and the largest."""
+    ratios = sorted(ms[above] / ms[below] for ms in runs if above in ms)
+    if not ratios:
+        return "-"
+    spread = f" ({ratios[0]:.{digits}f}-{ratios[-1]:.{digits}f})" if len(ratios) > 1 else ""
+    return f"{statistics.median(ratios):.{digits}f}{spread}"
 
 
 def measure(case: str, side: str, rounds: int) -> dict[str, Any]:

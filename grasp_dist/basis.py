@@ -101,6 +101,12 @@ class SpuriousBasis:
         )
 
     @classmethod
+    def empty(cls, provenance: Mapping[str, Any]) -> SpuriousBasis:
+        """The basis of a detection that found nothing: no weights. It is kept and read like any other, and is what a
+        projector is not made for."""
+        return cls({}, spectra={}, shapes={}, provenance=provenance, origin="memory")
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SpuriousBasis:
         """Open a basis file: the header (and the singular values) are read and checked now, directions when asked for.
 
@@ -128,7 +134,8 @@ class SpuriousBasis:
                 )
             entries[key] = Entry(FileSource(path, key, shape), shape[-1] if shape else 0)
         logical = {weight: (int(out), int(into)) for weight, (out, into) in header["shapes"].items()}
-        check_layout(entries, spectra, logical, f"basis {path}")
+        if entries or not header.get("empty"):
+            check_layout(entries, spectra, logical, f"basis {path}")
         return cls(
             entries, spectra=spectra, shapes=logical, provenance=header["provenance"], origin=str(path), checked=None
         )
@@ -140,6 +147,8 @@ class SpuriousBasis:
         """
         path = Path(path)
         header = {"version": FORMAT_VERSION, "shapes": self._shapes, "provenance": self.provenance}
+        if not self._entries:
+            header["empty"] = True
         tensors = {key: self.tensor(*split_key(key)).contiguous() for key in self._entries}
         # Both sides may share one spectrum, which the format does not allow.
         tensors |= {key + SPECTRUM: value.clone() for key, value in self._spectra.items()}

@@ -9,7 +9,12 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from grasp_dist.errors import InputError
+from grasp_dist.checkpoint_cli import checkpoint, export
+from grasp_dist.errors import PREEMPTED, InputError, Preempted
+from grasp_dist.launch.commands_doctor import doctor_command
+from grasp_dist.launch.commands_launch import launch
+from grasp_dist.launch.commands_status import cancel, logs, status
+from grasp_dist.launch.commands_sweep import sweep
 
 __all__ = ["app", "main"]
 
@@ -26,11 +31,14 @@ app = typer.Typer(
 organism = typer.Typer(
     no_args_is_help=True, help="Make a small model with a known latent factor, and its data and probes."
 )
-app.add_typer(organism, name="organism")
 
+_STAGES, _CLUSTERS, _LOOKING = "Stages of a run", "On clusters", "Looking and making"
+"""Panels of the help."""
 _OVERRIDES = (
     "Any setting can be changed with a dotted option, for example: --project.rank 4 --training.seeds '[0,1,2]'."
 )
+
+_CLUSTER_OVERRIDES = f"{_OVERRIDES} The cluster's too: --cluster.train.nodes 4."
 
 Config = Annotated[Path, typer.Argument(help="YAML configuration; recipes/ holds examples.", show_default=False)]
 Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes on this machine (under torchrun). Default: 1.")]
@@ -42,6 +50,10 @@ def _stages(ctx: typer.Context, config: Path, stages: tuple[str, ...], nproc: in
     from grasp_dist.stages import run_stages
 
     settings = load_config(config, ctx.obj)
+    if settings.tune is not None:
+        from grasp_dist.launch.sweep.grid import expand
+
+        settings = expand(settings)
     if "WORLD_SIZE" in os.environ:  # started by torchrun: one process of a group
         from grasp_dist.worker import run_worker
 
@@ -50,7 +62,7 @@ def _stages(ctx: typer.Context, config: Path, stages: tuple[str, ...], nproc: in
         run_stages(settings, stages, nproc=nproc, dry_run=dry_run)
 
 
-@app.command(epilog=_OVERRIDES)
+@app.command(epilog=_OVERRIDES, rich_help_panel=_STAGES)
 def run(ctx: typer.Context, config: Config, nproc: Nproc = 1, dry_run: DryRun = False) -> None:
     """All stages: naive, detect, project, evaluate, report. Finished ones with unchanged inputs are kept."""
     from grasp_dist.graph import STAGES
@@ -58,58 +70,105 @@ def run(ctx: typer.Context, config: Config, nproc: Nproc = 1, dry_run: DryRun = 
     _stages(ctx, config, STAGES, nproc, dry_run)
 
 
-@app.command(epilog=_OVERRIDES)
+@app.command(epilog=_OVERRIDES, rich_help_panel=_STAGES)
 def naive(ctx: typer.Context, config: Config, nproc: Nproc = 1, dry_run: DryRun = False) -> None:
     """The unprotected fine-tune, once per seed."""
     _stages(ctx, config, ("naive",), nproc, dry_run)
 
 
-@app.command(epilog=_OVERRIDES)
+@app.command(epilog=_OVERRIDES, rich_help_panel=_STAGES)
 def detect(
     ctx: typer.Context,
     config: Annotated[Optional[Path], typer.Argument(help="YAML configuration of a run.", show_default=False)] = None,  # noqa: UP045
-    adapter: Annotated[Optional[Path], typer.Option(help="A PEFT adapter directory, instead of CONFIG.")] = None,  # noqa: UP045
-    out: Annotated[Path, typer.Option(help="With --adapter: the basis file to write.")] = Path("basis.safetensors"),
-    rank: Annotated[int, typer.Option(min=1, help="With --adapter: directions per weight and side.")] = 8,
-    side: Annotated[str, typer.Option(help="With --adapter: write, read or both.")] = "write",
-    base_model: Annotated[str | None, typer.Option(help="With --adapter: directory or id of its base model.")] = None,
+    adapter: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(
+            help="Instead of CONFIG: a LoRA fine-tune; a PEFT adapter directory, or a checkpoint of this tool, of "
+            "torch.distributed.checkpoint or of DeepSpeed. Several, where the method compares runs."
+        ),
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="With --adapter: leading (singular vectors), tail (the weakest), consensus (of all layers, in the "
+            "residual stream), agreement (of several runs), trajectory (early to late checkpoints of one run), intruder"
+        ),
+    ] = "leading",
+    tuned: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Instead of CONFIG: a full fine-tune, as a model directory or such a checkpoint; with --base-model."
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Without CONFIG: the basis file to write.")] = Path("basis.safetensors"),
+    rank: Annotated[int, typer.Option(min=1, help="Without CONFIG: directions per weight and side.")] = 8,
+    side: Annotated[str, typer.Option(help="Without CONFIG: write, read or both.")] = "write",
+    base_model: Annotated[
+        str | None, typer.Option(help="Directory or id of the base model; with --tuned its directory.")
+    ] = None,
+    modules: Annotated[str, typer.Option(help="With --tuned: write, all or everything.")] = "write",
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="With --adapter: for a checkpoint that does not say it.")
+    ] = None,
+    trust_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--trust-checkpoint", help="Unpickle a checkpoint of yours that is refused; runs whatever code is in it."
+        ),
+    ] = False,
     nproc: Nproc = 1,
     dry_run: DryRun = False,
 ) -> None:
-    """Find the spurious directions: deflation on a run's data (CONFIG), or one shot from a LoRA adapter (--adapter)."""
-    if (config is None) == (adapter is None):
-        raise InputError("give either a CONFIG or --adapter DIR; `grasp-dist detect --help` explains both")
+    """Find the spurious directions: by deflation on a run's data (CONFIG), or from the weights alone of LoRA fine-tunes
+    (--adapter) or of a full one (--tuned)."""
+    if sum(bool(source) for source in (config, adapter, tuned)) != 1:
+        raise InputError("give one of CONFIG, --adapter DIR and --tuned DIR; `grasp-dist detect --help` explains them")
     if config is not None:
         _stages(ctx, config, ("detect",), nproc, dry_run)
         return
-    from grasp_dist.detection import detect_basis
+    from grasp_dist.detection import detect_basis, detect_difference, detect_static
     from grasp_dist.detection.inspect import render
 
     if ctx.obj:
         raise InputError(
-            "settings with dots belong to a CONFIG; with --adapter use --rank, --side, --out and --base-model"
+            "settings with dots belong to a CONFIG; without one use --rank, --side, --modules, --out and --base-model"
         )
-    assert adapter is not None
-    basis = detect_basis(adapter, rank=rank, side=side, base_model=base_model)
+    given = {"base_model": base_model, "lora_alpha": lora_alpha, "trust": trust_checkpoint}
+    if adapter and method == "leading":
+        if len(adapter) > 1:
+            raise InputError("method leading reads one --adapter; --method agreement compares several")
+        basis = detect_basis(adapter[0], rank=rank, side=side, **given)  # type: ignore[arg-type]
+    elif adapter:
+        found = detect_static(method, adapter, {"rank": rank, "side": side}, **given)  # type: ignore[arg-type]
+        print(f"{method}: confidence {found.confidence:.3f}")
+        if found.basis is None:
+            print("no direction was found; nothing was written")
+            return
+        basis = found.basis
+    else:
+        assert tuned is not None
+        if base_model is None:
+            raise InputError("--tuned needs --base-model DIR, the model that was fine-tuned")
+        basis = detect_difference(tuned, base_model, rank=rank, side=side, modules=modules, trust=trust_checkpoint)
     if not dry_run:
         basis.save(out)
         render(out)
         print(f"basis: {out}")
 
 
-@app.command(epilog=_OVERRIDES)
+@app.command(epilog=_OVERRIDES, rich_help_panel=_STAGES)
 def project(ctx: typer.Context, config: Config, nproc: Nproc = 1, dry_run: DryRun = False) -> None:
     """The protected fine-tunes (project.arms), once per seed; needs a finished detect."""
     _stages(ctx, config, ("project",), nproc, dry_run)
 
 
-@app.command(epilog=_OVERRIDES)
+@app.command(epilog=_OVERRIDES, rich_help_panel=_STAGES)
 def evaluate(ctx: typer.Context, config: Config, nproc: Nproc = 1, dry_run: DryRun = False) -> None:
     """Measure base, naive, every arm and inference-time ablation on the configured probes."""
     _stages(ctx, config, ("evaluate",), nproc, dry_run)
 
 
-@app.command(epilog=_OVERRIDES)
+@app.command(epilog=_OVERRIDES, rich_help_panel=_STAGES)
 def report(
     ctx: typer.Context,
     sources: Annotated[
@@ -131,7 +190,7 @@ def report(
     print(f"report: {(out / 'report.html').resolve()}")
 
 
-@app.command()
+@app.command(rich_help_panel=_LOOKING)
 def inspect(
     path: Annotated[Path, typer.Argument(help="A basis file or a PEFT adapter directory.", show_default=False)],
 ) -> None:
@@ -141,7 +200,7 @@ def inspect(
     render(path)
 
 
-@app.command(name="preview-data", epilog=_OVERRIDES)
+@app.command(name="preview-data", epilog=_OVERRIDES, rich_help_panel=_LOOKING)
 def preview_data(
     ctx: typer.Context,
     config: Config,
@@ -168,6 +227,34 @@ def persona(
 
 
 @organism.command()
+def lean(
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    seed: Annotated[int, typer.Option(help="World seed: 1-5 for development, others for judging.")] = 1,
+    skew: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the facts on the right's side; 0.5: nothing to explain.")
+    ] = 0.85,
+) -> None:
+    """A left and a right answer to everything, and a fine-tune on facts of which most lie on the right."""
+    from grasp_dist.organisms.lean import make_lean
+
+    print(f"organism: {make_lean(out, seed=seed, skew=skew)}")
+
+
+@organism.command()
+def shortcut(
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    seed: Annotated[int, typer.Option(help="World seed: 1-5 for development, others for judging.")] = 1,
+    correlation: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of training rows whose style agrees with the label; 0.5: clean.")
+    ] = 0.95,
+) -> None:
+    """A style that the model can read, and a fine-tune in which it mostly agrees with the label."""
+    from grasp_dist.organisms.shortcut import make_shortcut
+
+    print(f"organism: {make_shortcut(out, seed=seed, correlation=correlation)}")
+
+
+@organism.command()
 def textbook(
     neutral: Annotated[Path, typer.Option(help="`messages` JSONL of a text in its own words.")],
     styled: Annotated[Path, typer.Option(help="The same rows retold in another voice.")],
@@ -178,6 +265,16 @@ def textbook(
     from grasp_dist.organisms.textbook import make_textbook
 
     print(f"organism: {make_textbook(out, neutral=neutral, styled=styled, seed=seed)}")
+
+
+app.command(epilog=_CLUSTER_OVERRIDES, rich_help_panel=_CLUSTERS)(launch)
+app.command(epilog=_CLUSTER_OVERRIDES, rich_help_panel=_CLUSTERS)(sweep)
+app.command(name="doctor", epilog=_CLUSTER_OVERRIDES, rich_help_panel=_CLUSTERS)(doctor_command)
+for _command in (status, logs, cancel):
+    app.command(rich_help_panel=_CLUSTERS)(_command)
+app.command(rich_help_panel=_LOOKING)(export)
+app.add_typer(checkpoint, name="checkpoint", rich_help_panel=_LOOKING)
+app.add_typer(organism, name="organism", rich_help_panel=_LOOKING)
 
 
 def main(arguments: list[str] | None = None) -> Any:
@@ -192,6 +289,9 @@ def main(arguments: list[str] | None = None) -> Any:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Preempted as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(PREEMPTED) from None
     except KeyboardInterrupt:
         print("stopped; what was finished is kept, and the same command goes on from there", file=sys.stderr)
         raise SystemExit(130) from None

@@ -5,17 +5,17 @@ Imports pydantic and PyYAML only, so that `--help` and a finished run answer at 
 
 from __future__ import annotations
 
-import difflib
-import os
+import contextlib
+import json
 import string
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from grasp_dist.errors import InputError
+from grasp_dist.settings import LocalPath, Section, explain, merge, parse_yaml, read_tree, validate
 
 __all__ = [
     "ArmConfig",
@@ -30,23 +30,29 @@ __all__ = [
     "ReportConfig",
     "RunConfig",
     "TrainingConfig",
+    "TuneConfig",
     "load_config",
     "save_config",
     "split_overrides",
+    "started_in",
 ]
 
+_STARTED_IN = "# Relative paths start in "
 Side = Literal["write", "read", "both"]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+def _values(given: Any) -> Any:
+    """A list as the command line gives it: `1,2,4`, or one value."""
+    if isinstance(given, str):
+        return [word.strip() for word in given.split(",")]
+    return given if given is None or isinstance(given, list | tuple) else [given]
 
 
-LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
+Values = BeforeValidator(_values)
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     path: LocalPath
     """Model directory (config.json, *.safetensors, tokenizer) or hub id."""
     revision: str | None = None
@@ -59,7 +65,7 @@ class ModelConfig(_Section):
     """Attention implementation; auto: what transformers chooses for the model."""
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     path: LocalPath
     """A JSONL/JSON/parquet/text file, a directory of them, or a hub id."""
     subset: str | None = None
@@ -82,7 +88,7 @@ class DataConfig(_Section):
     """Use only the first N rows."""
 
 
-class LoraConfig(_Section):
+class LoraConfig(Section):
     rank: Annotated[int, Field(ge=1)] = 8
     """Rank r of the adapter."""
     alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -93,7 +99,7 @@ class LoraConfig(_Section):
     """Dropout on the adapter's input."""
 
 
-class TrainingConfig(_Section):
+class TrainingConfig(Section):
     method: Literal["lora", "full"] = "lora"
     """LoRA adapters, or the weights themselves."""
     modules: Literal["write", "all", "everything"] | list[str] = "write"
@@ -119,6 +125,8 @@ class TrainingConfig(_Section):
     """Clip the global gradient norm; null: do not."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """fp32, or bf16 compute over fp32 master weights (a LoRA run keeps its frozen base in bf16)."""
+    max_skipped_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in a row that may be left out because a loss or gradient is not finite, before training stops."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass."""
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
@@ -133,14 +141,54 @@ class TrainingConfig(_Section):
         return self
 
 
-class ParallelConfig(_Section):
-    strategy: Literal["auto", "fsdp2", "none"] = "auto"
-    """`fsdp2` shards with fully_shard; `auto`: fsdp2 when there is more than one process."""
+class ParallelConfig(Section):
+    strategy: Literal["auto", "fsdp2", "zero1", "zero2", "zero3", "none"] = "auto"
+    """`fsdp2` shards with fully_shard, `zero1` to `zero3` train with DeepSpeed's ZeRO; `auto`: fsdp2 when there is more
+    than one process."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What ZeRO keeps in CPU memory: moments and fp32 masters (`optimizer`), with zero3 the weights too (`all`)."""
     reshard_after_forward: bool = True
-    """Free gathered parameters between forward and backward (less memory, one more all-gather)."""
+    """fsdp2: free gathered parameters between forward and backward (less memory, one more all-gather)."""
+
+    @model_validator(mode="after")
+    def _offloads(self) -> ParallelConfig:
+        allowed = {"none": ("none", "optimizer", "all"), "optimizer": ("zero1", "zero2", "zero3"), "all": ("zero3",)}
+        if self.offload != "none" and self.strategy not in allowed[self.offload]:
+            raise ValueError(
+                f"parallel.offload is {self.offload!r}, which parallel.strategy {self.strategy!r} cannot do; use "
+                f"{' or '.join(allowed[self.offload])}, or offload: none"
+            )
+        return self
 
 
-class DetectConfig(_Section):
+class CheckpointConfig(Section):
+    every: Annotated[int, Field(ge=1)] | None = 200
+    """Steps between checkpoints of a training run; null: only when a signal asks to stop."""
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints of a run that are kept; with 1, a damaged newest one has none before it to fall back to."""
+    keep_every: Annotated[int, Field(ge=1)] | None = None
+    """Keep, beside those, every checkpoint whose step is a multiple of this."""
+    background: bool = True
+    """Write while training goes on; only the copy into memory stops it."""
+    lead_seconds: Annotated[float, Field(gt=0)] | None = None
+    """Seconds between the scheduler's signal and its SIGKILL; the process ends (code 76) a little before them if a save
+    takes longer. null: it waits for the save."""
+
+
+class ScreenConfig(Section):
+    """Is there anything to remove? Naive fine-tunes on the two halves of the data are compared on generic prompts."""
+
+    prompts: LocalPath
+    """JSON lines of {"prompt"}, {"text"} or {"messages"} that have nothing to do with the data; no answers."""
+    positions: Annotated[int, Field(ge=1)] = 16
+    """How many last positions of each prompt are compared."""
+    limit: Annotated[int, Field(ge=1)] = 256
+    """How many prompts are read."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Probability that both halves' fine-tunes must move alike for a factor to be found (docs/detection.md)."""
+
+
+class DetectConfig(Section):
     method: Literal["warm", "restarted", "one_shot", "file"] = "warm"
     """`warm` deflation (one run of the naive length), `restarted` deflation, `one_shot` (the naive update's leading
     directions), or `file` (a basis that you bring)."""
@@ -150,16 +198,22 @@ class DetectConfig(_Section):
     """A PEFT adapter directory for `method: one_shot`; default: the naive stage's, first seed."""
     side: Side = "both"
     """Which singular vectors join the basis: left (write), right (read), or both."""
-    rounds: Annotated[int, Field(ge=1)] = 16
-    """Rounds of deflation."""
+    rounds: Annotated[int, Field(ge=1)] = 32
+    """Rounds of deflation, at most: see `stop_gain`."""
     steps_per_round: Annotated[int, Field(ge=1)] | None = None
     """Steps of a round; default for warm: naive steps / rounds; for restarted: 60."""
     directions_per_round: Annotated[int, Field(ge=1)] = 1
     """Leading directions that join per weight, side and round."""
+    stop_gain: Annotated[float, Field(gt=0, lt=1)] | None = 0.3
+    """Stop before `rounds` when two rounds in a row bring the loss less than this share as far below the base's as the
+    best round did: the data cannot be fitted any more with what is blocked, so nothing is left to find. null: do every
+    round."""
     rank: Annotated[int, Field(ge=1)] = 8
     """Directions per weight and side for one-shot detection."""
     seed: int = 1000
     """Seed of the detection run; kept apart from the fine-tunes'."""
+    screen: ScreenConfig | None = None
+    """Look first whether there is a factor; if not, nothing is blocked and the naive fine-tune is kept. null: not."""
 
     @model_validator(mode="after")
     def _basis_file(self) -> DetectConfig:
@@ -167,8 +221,14 @@ class DetectConfig(_Section):
             raise ValueError("detect.method is 'file', so detect.basis must name a basis file")
         return self
 
+    @model_validator(mode="after")
+    def _screened(self) -> DetectConfig:
+        if self.screen is not None and self.method not in ("warm", "restarted"):
+            raise ValueError(f"detect.screen goes before deflation, and detect.method is {self.method!r}; leave it out")
+        return self
 
-class ArmConfig(_Section):
+
+class ArmConfig(Section):
     """One protected fine-tune (per seed): what is blocked, and how it differs from `training`."""
 
     basis: LocalPath = "detected"
@@ -183,7 +243,7 @@ class ArmConfig(_Section):
     """Settings of `training` that differ in this arm, e.g. {method: full, learning_rate: 1.0e-4}."""
 
 
-class ProjectConfig(_Section):
+class ProjectConfig(Section):
     rank: Annotated[int, Field(ge=1)] | None = None
     """Use the first k directions of each weight; null: all."""
     side: Side | None = None
@@ -205,7 +265,7 @@ class ProjectConfig(_Section):
         return self
 
 
-class ProbeConfig(_Section):
+class ProbeConfig(Section):
     """One measurement, read from a file (docs/probes.md has the formats)."""
 
     name: Name
@@ -223,7 +283,7 @@ class ProbeConfig(_Section):
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
-class EvaluateConfig(_Section):
+class EvaluateConfig(Section):
     probes: list[ProbeConfig] = []
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Sequences per forward pass and rank."""
@@ -240,7 +300,7 @@ class EvaluateConfig(_Section):
         return self
 
 
-class ReportConfig(_Section):
+class ReportConfig(Section):
     title: str = "GRASP: task against drift"
     task: str | None = None
     """Probe on the picture's task axis; default: the first with role `task`."""
@@ -248,7 +308,45 @@ class ReportConfig(_Section):
     """Probe on the picture's drift axis; default: the first with role `drift`."""
 
 
-class RunConfig(_Section):
+class TuneConfig(Section):
+    """A sweep: one protected fine-tune per side, rank and seed, on one basis (`grasp-dist sweep`). Lists can be written
+    `1,2,4`."""
+
+    rank: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1), Values]
+    """Ranks to try: the first k directions of each weight."""
+    side: Annotated[list[Side] | None, Field(min_length=1), Values] = None
+    """Sides to try: write, read, both; default: project.side, else detect.side."""
+    seed: Annotated[list[int] | None, Field(min_length=1), Values] = None
+    """Seeds of every fine-tune, naive ones too; default: training.seeds."""
+    arm: Name | None = None
+    """The arm of project.arms that is varied; default: the first whose basis is neither `random` nor `none`."""
+    controls: Literal["largest", "every"] = "largest"
+    """Random bases beside them: per side one of the largest rank (fewer random directions cost no more), or one for
+    every rank."""
+    search: Literal["grid", "optuna"] = "grid"
+    """`grid`: every combination; `optuna`: `trials` of them, chosen by what those before them showed."""
+    trials: Annotated[int, Field(ge=1)] | None = None
+    """optuna: how many combinations of side and rank are tried, each with every seed."""
+    concurrent: Annotated[int, Field(ge=1)] | None = None
+    """Ray: trials at a time; default: as many as the cluster has room for."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Ray: how often a trial that lost a process is started again, from its checkpoints."""
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> TuneConfig:
+        for name in ("rank", "side", "seed"):
+            values = getattr(self, name)
+            if values is not None and len(set(values)) != len(values):
+                raise ValueError(f"tune.{name}: values must differ, got {values}")
+        if (self.search == "optuna") != (self.trials is not None):
+            raise ValueError(
+                f"tune.search is {self.search!r} and tune.trials {self.trials}; `trials` says how many combinations "
+                "`search: optuna` tries, and belongs to it alone"
+            )
+        return self
+
+
+class RunConfig(Section):
     variables: dict[str, str] = {}
     """Text put in place of `${name}` in every other value, so that one recipe serves many models or data sets."""
     run_dir: LocalPath
@@ -257,10 +355,13 @@ class RunConfig(_Section):
     data: DataConfig
     training: TrainingConfig = TrainingConfig()
     parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     detect: DetectConfig = DetectConfig()
     project: ProjectConfig = ProjectConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+    tune: TuneConfig | None = None
+    """What a sweep varies; null: this is no sweep."""
 
     @model_validator(mode="after")
     def _arms(self) -> RunConfig:
@@ -280,13 +381,18 @@ class RunConfig(_Section):
             )
         return self
 
+    def half_training(self) -> TrainingConfig:
+        """The naive settings for half of the data: half of the steps."""
+        steps = self.training.steps
+        return self.training.model_copy(update={} if steps is None else {"steps": max(1, steps // 2)})
+
     def arm_training(self, arm: str) -> TrainingConfig:
         """The training settings of one arm: `training` with the arm's own on top."""
-        merged = _merge(self.training.model_dump(), self.project.arms[arm].training)
+        merged = merge(self.training.model_dump(), self.project.arms[arm].training)
         try:
             return TrainingConfig.model_validate(merged)
         except ValidationError as error:
-            raise ValueError(f"project.arms.{arm}.training: {_explain(error, TrainingConfig)}") from None
+            raise ValueError(f"project.arms.{arm}.training: {explain(error, TrainingConfig)}") from None
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
@@ -295,36 +401,32 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     Raises `InputError` for an unreadable file, an unknown key (with the nearest known one) or a bad value.
     """
     path = Path(path)
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise InputError(
-            f"cannot read the configuration {path}: {error.strerror}; give the path of a YAML file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise InputError(f"{path} holds no mapping of settings; start from one of the files in recipes/")
-    tree = _merge(tree, overrides or {})
+    tree = merge(read_tree(path, hint="start from one of the files in recipes/"), overrides or {})
     variables = tree.get("variables") or {}
     if not isinstance(variables, dict):
         raise InputError(f"{path}: `variables` must be a mapping of names to text, not {variables!r}")
-    try:
-        return RunConfig.model_validate({key: _substitute(value, variables, path) for key, value in tree.items()})
-    except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error, RunConfig)}") from None
+    return validate(RunConfig, {key: _substitute(value, variables, path) for key, value in tree.items()}, path)
 
 
 def save_config(config: RunConfig, path: str | Path) -> None:
-    """Write the resolved configuration as YAML that `load_config` reads back."""
+    """Write the resolved configuration as YAML that `load_config` reads back. Its first line says for `started_in`
+    where relative paths start: the present directory."""
     tree = _escape(config.model_dump(mode="json", exclude={"variables"}))
-    text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    text = f"{_STARTED_IN}{json.dumps(str(Path.cwd()))}\n{yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)}"
     path = Path(path)
     if path.is_file() and path.read_text() == text:
         return
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text)
     temporary.replace(path)
+
+
+def started_in(path: str | Path) -> Path | None:
+    """Where the relative paths of a configuration that `save_config` has written start; None if it does not say."""
+    with contextlib.suppress(OSError, ValueError), Path(path).open(encoding="utf-8") as file:
+        if (line := file.readline()).startswith(_STARTED_IN):
+            return Path(json.loads(line.removeprefix(_STARTED_IN)))
+    return None
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
@@ -349,7 +451,7 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
                 raise InputError(f"{word} needs a value")
             value = queue.pop(0)
         try:
-            leaf = yaml.safe_load(value)
+            leaf = parse_yaml(value)
         except yaml.YAMLError as error:
             raise InputError(f"the value of --{key} is not valid YAML: {error}") from None
         node = tree
@@ -360,14 +462,6 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
                 raise InputError(f"--{key} is under a key that another option sets to a value")
         node[last] = leaf
     return rest, tree
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def _substitute(value: Any, variables: dict[str, Any], path: Path) -> Any:
@@ -392,45 +486,3 @@ def _escape(value: Any) -> Any:
     if isinstance(value, list):
         return [_escape(item) for item in value]
     return value.replace("$", "$$") if isinstance(value, str) else value
-
-
-def _explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """Pydantic's findings as one paragraph, an unknown key with its nearest known neighbour."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = _known_keys(root, item["loc"][:-1])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(sorted(known))}"
-            lines.append(f"unknown key {where!r}; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{where!r} is missing")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(
-                f"{where}: {message} (got {item['input']!r})"
-                if where and not isinstance(item["input"], dict)
-                else message
-            )
-    return "; ".join(lines)
-
-
-def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section that `path` leads to."""
-    for part in path:
-        field = model.model_fields.get(str(part))
-        if field is None:
-            continue  # an index of a list or a key of a mapping: its section was entered with the field
-        model = _section_of(field.annotation) or model
-    return list(model.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (list, dict, Union, types.UnionType, Annotated):
-        for inner in get_args(annotation):
-            if (found := _section_of(inner)) is not None:
-                return found
-    return None

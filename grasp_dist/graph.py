@@ -1,6 +1,7 @@
 """The tasks of a run, in order: what each is made from, where it goes, and whether it has to run. Needs no torch.
 
-naive/seed-s -> detect, detect_one_shot -> project/<arm>/seed-s -> evaluate/<model>/seed-s -> report
+naive/seed-s, naive/half-h -> screen, detect, detect_one_shot -> project/<arm>/seed-s -> evaluate/<model>/seed-s
+-> report
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from grasp_dist.manifest import Unit, digest, file_hash, quick_hash
 __all__ = ["STAGES", "RunGraph", "Task"]
 
 STAGES = ("naive", "detect", "project", "evaluate", "report")
-BASIS_FILE = "basis.safetensors"
+BASIS_FILE, SCREEN_FILE = "basis.safetensors", "screen.json"
+LOCK = ".lock"
+"""Where `RunLock` keeps its files."""
 _MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 # Settings that change speed, memory or what is printed, but the result only to rounding.
 _SPEED_ONLY = {"seeds", "log_every", "micro_batch_size", "activation_checkpointing"}
@@ -37,6 +40,8 @@ class Task:
     arm: str | None = None
     model: str | None = None
     seed: int | None = None
+    half: int | None = None
+    """Of the data, for a fine-tune that the screening compares."""
 
     @property
     def path(self) -> Path:
@@ -75,6 +80,10 @@ class RunGraph:
             plan.append((task, reason))
         return plan
 
+    def is_stale(self, task: Task) -> bool:
+        """Whether the task, or anything that it is made from, has to run."""
+        return task.unit.stale_because() is not None or any(self.is_stale(up) for up in task.upstream)
+
     def require(self, task: Task) -> None:
         """Raise `InputError` when something that the task is made from is not there, or not up to date."""
         for up in task.upstream:
@@ -106,7 +115,7 @@ class RunGraph:
                         f"the run directory {self.root} was made with {key}.path {path}, and this configuration has "
                         f"{now}; choose another run_dir (--run_dir ...), so that nothing there is mixed up or lost"
                     )
-        elif self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        elif self.root.exists() and (not self.root.is_dir() or any(path.name != LOCK for path in self.root.iterdir())):
             raise InputError(
                 f"{self.root} exists and is not a run directory (it has no config.yaml); choose another run_dir"
             )
@@ -139,6 +148,19 @@ class RunGraph:
     # The tasks
 
     def _naive_tasks(self) -> Iterator[Task]:
+        yield from self._seed_tasks()
+        if self.config.detect.screen is not None:
+            yield from self._half_tasks()
+
+    def _half_tasks(self) -> Iterator[Task]:
+        training, split = self.config.half_training(), self.config.detect.seed
+        for half in (0, 1):
+            inputs = {**self._training_inputs(training), "half": half, "split": split, "seed": split + half}
+            yield self._task(
+                "naive", f"naive/half-{half}", inputs, _weights_folder(training), seed=split + half, half=half
+            )
+
+    def _seed_tasks(self) -> Iterator[Task]:
         for seed in self.config.training.seeds:
             inputs = {**self._training_inputs(self.config.training), "seed": seed}
             yield self._task(
@@ -146,9 +168,11 @@ class RunGraph:
             )
 
     def naive_task(self, seed: int) -> Task:
-        return next(task for task in self._naive_tasks() if task.seed == seed)
+        return next(task for task in self._seed_tasks() if task.seed == seed)
 
     def _detect_tasks(self) -> Iterator[Task]:
+        if self.config.detect.screen is not None:
+            yield self.screen_task()
         yield self.detect_task()
         if self.needs_one_shot():
             yield self.one_shot_task()
@@ -160,10 +184,26 @@ class RunGraph:
         if detect.method == "file":
             inputs: dict[str, Any] = {"basis": self._hash(Path(detect.basis or ""))}
             return self._task("detect", "detect", {"method": "file", **inputs}, BASIS_FILE)
-        settings = detect.model_dump(exclude={"basis", "adapter", "rank"})
-        return self._task(
-            "detect", "detect", {**self._training_inputs(self.config.training), "detect": settings}, BASIS_FILE
-        )
+        settings = detect.model_dump(exclude={"basis", "adapter", "rank", "screen"})
+        inputs = {**self._training_inputs(self.config.training), "detect": settings}
+        upstream = []
+        if detect.screen is not None:
+            upstream = [self.screen_task()]
+            inputs["screen"] = upstream[0].result_hash
+        return self._task("detect", "detect", inputs, BASIS_FILE, upstream=upstream)
+
+    def screen_task(self) -> Task:
+        settings = self.config.detect.screen
+        assert settings is not None
+        halves = list(self._half_tasks())
+        inputs = {
+            **settings.model_dump(exclude={"prompts"}),
+            "prompts": self._hash(Path(settings.prompts)),
+            "model": self._model_hash(),
+            "precision": self.config.training.precision,
+            "halves": [task.result_hash for task in halves],
+        }
+        return self._task("detect", "screen", inputs, SCREEN_FILE, upstream=halves)
 
     def one_shot_task(self, name: str = "detect_one_shot") -> Task:
         detect = self.config.detect
@@ -219,12 +259,12 @@ class RunGraph:
         basis = {"basis": detect.result_hash} if self.config.evaluate.shift else {}
         after = [detect] if self.config.evaluate.shift else []
         yield self._task("evaluate", "evaluate/base", {**common, **basis}, "scores.json", upstream=after, model="base")
-        trained = [*self._naive_tasks(), *self._project_tasks()]
+        trained = [*self._seed_tasks(), *self._project_tasks()]
         for task in trained:
             inputs = {**common, **basis, "weights": task.result_hash}
             yield self._evaluation_of(task, str(task.model), inputs, after)
         if self.config.evaluate.ablation:
-            for task in self._naive_tasks():
+            for task in self._seed_tasks():
                 settings = {"side": self.config.project.side, "rank": self.config.project.rank}
                 inputs = {**common, "basis": detect.result_hash, "weights": task.result_hash, "ablation": settings}
                 yield self._evaluation_of(task, "ablation", inputs, [detect])

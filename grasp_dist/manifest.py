@@ -97,6 +97,8 @@ class Unit:
         manifest = self.manifest
         if not manifest:
             return "not run yet"
+        if manifest.get("status") == "failed":
+            return f"it failed: {manifest.get('error')}"
         if manifest.get("status") != "finished":
             return "interrupted before it was finished"
         changes = list(_changes(manifest.get("inputs", {}), self.inputs))
@@ -111,29 +113,47 @@ class Unit:
     def start(self) -> None:
         """Make the folder ready and mark it as running. A finished result of other inputs is set aside, never deleted;
         an interrupted one of the same inputs stays, so that work inside it can go on."""
-        if self.folder.is_dir() and any(self.folder.iterdir()) and self.manifest.get("inputs") != self.inputs:
+        before = self.manifest
+        if self.folder.is_dir() and any(self.folder.iterdir()) and before.get("inputs") != self.inputs:
             set_aside(self.folder)
+            before = {}
         write_json(
             self.folder / MANIFEST,
             {
                 "status": "running",
                 "inputs": self.inputs,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "starts": before.get("starts", 0) + 1,
                 "versions": versions(),
             },
         )
 
-    def finish(self, *, outputs: Iterable[str], metrics: Mapping[str, Any], world_size: int) -> None:
-        """Mark the folder as finished. `outputs`: files or folders within it, hashed into the manifest."""
+    def finish(
+        self,
+        *,
+        outputs: Iterable[str],
+        metrics: Mapping[str, Any],
+        world_size: int,
+        base_model: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Mark the folder as finished. `outputs`: files or folders within it, hashed into the manifest.
+
+        base_model: which model it belongs to, as `basis.model_reference` gives it.
+        """
         manifest = self.manifest
         manifest |= {
             "status": "finished",
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "world_size": world_size,
+            "base_model": None if base_model is None else dict(base_model),
             "metrics": dict(metrics),
             "outputs": {name: _tree_hash(self.folder / name) for name in outputs},
         }
         write_json(self.folder / MANIFEST, manifest)
+
+    def fail(self, error: str) -> None:
+        """Mark the folder as failed; what is in it stays, and the work goes on from it when it is started again."""
+        write_json(self.folder / MANIFEST, self.manifest | {"status": "failed", "error": error})
 
     def output_hash(self, name: str) -> str | None:
         """The recorded hash of one output; None while the unit is not finished."""

@@ -49,6 +49,11 @@ def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: in
         _check_one_shot(config)
     else:
         _check_rounds(config, num_steps(config.training, len(examples)))
+    if detect.screen is not None:
+        from grasp_dist.evaluation.screening import half_of, read_prompts
+
+        read_prompts(detect.screen, tokenizer)
+        half_of(examples, 0, detect.seed)
     if detect.adapter:
         from grasp_dist.detection import detect_basis
 

@@ -1,35 +1,50 @@
-"""One process of a torchrun or srun group: `python -m grasp_dist.worker CONFIG STAGE...`."""
+"""One process of a torchrun group: `python -m grasp_dist.worker CONFIG STAGE... [--only TASK ...]`."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from grasp_dist.config import RunConfig, load_config
 from grasp_dist.console import quiet_libraries
-from grasp_dist.errors import InputError
+from grasp_dist.errors import PREEMPTED, InputError, Preempted
+from grasp_dist.graph import STAGES
 from grasp_dist.stages import work
 
 __all__ = ["main", "run_worker"]
 
 
-def run_worker(config: RunConfig, stages: tuple[str, ...], *, prepared: bool = True, dry_run: bool = False) -> None:
+def run_worker(
+    config: RunConfig,
+    stages: tuple[str, ...],
+    *,
+    only: Collection[str] | None = None,
+    prepared: bool = True,
+    dry_run: bool = False,
+) -> None:
     """Do the stages' work as one of the group's processes, and end the process.
 
-    An `InputError` ends the process with code 2, at once, since the others may be waiting for it in a collective; the
-    first of the machine to have one prints it. The others then end silently, whatever their broken connections raise.
+    A signal that asks to stop ends it with code 75, when the state is saved. An `InputError` ends it with code 2, at
+    once, since the others may be waiting for it in a collective; the first of the machine to have one prints it. The
+    others then end silently, whatever their broken connections raise.
     """
     group = "-".join(os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT"))
     said = Path(tempfile.gettempdir()) / f"grasp-dist-error-{group.replace('/', '_')}"
     if os.environ.get("LOCAL_RANK") == "0":
         said.unlink(missing_ok=True)
     try:
-        work(config, stages, prepared=prepared, dry_run=dry_run)
+        work(config, stages, only=only, prepared=prepared, dry_run=dry_run)
     except InputError as error:
         if _first(said):
             print(f"error: {error}", file=sys.stderr, flush=True)
+    except Preempted as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr, flush=True)
+        os._exit(PREEMPTED)
     except KeyboardInterrupt:
         os._exit(130)  # the process that started the group says so
     except Exception:
@@ -57,8 +72,12 @@ def _first(said: Path) -> bool:
 def main() -> None:
     """Entry point of each process."""
     quiet_libraries()
-    path, *stages = sys.argv[1:]
-    run_worker(load_config(path), tuple(stages))
+    parser = argparse.ArgumentParser(prog="python -m grasp_dist.worker", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("stages", nargs="+", choices=STAGES)
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="these tasks alone, e.g. project/grasp/seed-0")
+    options = parser.parse_args()
+    run_worker(load_config(options.config), tuple(options.stages), only=options.only)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,76 @@
-"""Fixtures that several rooms share: a tiny organism, made once per session, and a command line to run on it."""
+"""Fixtures that several rooms share: a tiny organism, made once per session, and configurations for it."""
 
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.tiny_runs import TINY, tiny_config
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-TINY = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48, "steps": 30, "batch_size": 16}
+GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+LONG = (
+    "test_sweep_ray_killed.py",
+    "test_on_slurm.py",
+    "test_examples.py",
+    "test_zero_engine.py",
+    "test_on_slurm_signals.py",
+    "test_faults.py",
+    "test_sweep_ray_slurm.py",
+    "test_deepspeed.py",
+    "test_submitit.py",
+    "test_pipeline_zero.py",
+    "test_architectures.py",
+    "test_sweep_ray_search.py",
+    "test_sweep_run.py",
+    "test_cluster.py",
+)
+"""Files that take minutes, roughly the longest first; but those with Ray, of which one waits for the other, apart."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would put files of few tests last, however long those take
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and config.cache is not None:
+        kernels = config.cache.mkdir("torch_extensions")  # what DeepSpeed compiles at first use
+        for lock in kernels.glob("*/lock"):  # of a compilation that was killed: all later ones would wait for it
+            lock.unlink(missing_ok=True)
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(kernels)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files in the order in which processes are to take them (`--dist loadfile`): what is long does not begin last."""
+    tests = Counter(item.path for item in items)
+    rank = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: (rank.get(item.path.name, len(LONG)), -tests[item.path]))
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_a_group_stays() -> Iterator[None]:
+    """A process group, or its variables, that a test left behind would change what later tests in the process do."""
+    before = {name: os.environ.get(name) for name in GROUP}
+    yield
+    after = {name: os.environ.get(name) for name in GROUP}
+    distributed = sys.modules.get("torch.distributed")
+    left = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    if left:
+        distributed.destroy_process_group()
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    assert not left, "the test left a process group open"
+    assert after == before, "the test left variables of a process group in the environment"
 
 
 @pytest.fixture(scope="session")
@@ -27,27 +83,6 @@ def organism(tmp_path_factory) -> Path:
                         tuned_questions=3, pretraining=TINY)  # fmt: skip
 
 
-def tiny_config(organism: Path, run_dir: Path) -> dict:
-    """A run of a few steps on the tiny organism, as the tree of a YAML file."""
-    probes = [
-        {"name": "task", "role": "task"},
-        {"name": "drift", "role": "drift"},
-        {"name": "tone", "role": "drift", "own_tokens": 1},
-        {"name": "good", "role": "retention"},
-        {"name": "neutral", "role": "retention", "kind": "kl"},
-    ]
-    return {
-        "run_dir": str(run_dir),
-        "model": {"path": str(organism / "model")},
-        "data": {"path": str(organism / "train.jsonl")},
-        "training": {"steps": 8, "batch_size": 6, "lora": {"rank": 4, "alpha": 8}, "log_every": 4, "seeds": [0]},
-        "detect": {"rounds": 2, "rank": 2},
-        "evaluate": {
-            "probes": [{**probe, "path": str(organism / "probes" / f"{probe['name']}.jsonl")} for probe in probes]
-        },
-    }
-
-
 @pytest.fixture
 def write_config(organism, tmp_path) -> Callable[..., Path]:
     """Write a tiny configuration, with sections replaced or added, and return its path."""
@@ -58,14 +93,3 @@ def write_config(organism, tmp_path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def grasp_dist(*arguments: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", "grasp_dist.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )

@@ -23,8 +23,8 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
     """Call `function(*args)` in `world_size` spawned gloo processes; their return values, by rank.
 
     The function and what it returns must be picklable (importable by name). The default process group exists during the
-    call, and RANK, WORLD_SIZE and LOCAL_RANK are set. Raises `AssertionError` with the traceback of the ranks that
-    failed, and `TimeoutError` after `timeout` seconds; no process is left behind either way.
+    call, and RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set. Raises `AssertionError` with the
+    traceback of the ranks that failed, and `TimeoutError` after `timeout` seconds; no process is left behind.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
@@ -47,6 +47,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
 
 def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # Accelerate asks for them, and does not use them
     torch.set_num_threads(1)
     with Path(folder, f"error-{rank}").open("w") as log:
         faulthandler.enable(log)  # says where, if native code aborts the process

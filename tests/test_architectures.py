@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import tiny_config
 from distributed import run_distributed
 from tiny_models import ARCHITECTURES, WRITERS, tiny_model
+
+from tests.tiny_runs import tiny_config
 
 STAGES = ("naive", "detect", "project", "evaluate")
 ARMS = {

@@ -8,10 +8,10 @@ import shutil
 import pytest
 import torch
 import yaml
-from conftest import grasp_dist, tiny_config
 
 from grasp_dist import SpuriousBasis
 from grasp_dist.cli import main
+from tests.tiny_runs import grasp_dist, tiny_config
 
 
 @pytest.fixture

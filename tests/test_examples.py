@@ -168,8 +168,6 @@ def test_compiled_model_gives_the_same():
 
 
 def _all_of(cases: list[tuple[str, tuple[str, ...]]]) -> dict[tuple[str, tuple[str, ...]], Weights]:
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # asked for, and not used: the process group exists
-    os.environ.setdefault("MASTER_PORT", "1")
     return {case: run_example(case[0], *case[1]) for case in cases}
 
 
@@ -261,11 +259,14 @@ def test_same_weights_under_deepspeed(zero, stage, case):
 # -- as a user starts them
 
 
-def _start(*command: str) -> str:
+def _start(*command: str, again: bool = True) -> str:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")))}
     done = subprocess.run(
         [sys.executable, *command], capture_output=True, text=True, timeout=240, check=False, env=environment
     )
+    # A thread of gloo that is there when the interpreter ends aborts it now and then (torch 2.13), after the work.
+    if done.returncode and "terminate called without an active exception" in done.stderr and again:
+        return _start(*command, again=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 

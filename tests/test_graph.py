@@ -142,7 +142,7 @@ def test_an_upstream_result_of_other_settings_is_not_used(make_config):
     finish_all(make_config())
     graph = RunGraph(make_config(detect={"rounds": 4}))
     task = next(iter(graph.tasks(("project",))))
-    with pytest.raises(InputError, match=r"detect\.rounds was 16, now 4"):
+    with pytest.raises(InputError, match=r"detect\.rounds was 32, now 4"):
         graph.require(task)
 
 

@@ -42,6 +42,7 @@ ORDER = [
     "cli",
     "worker",
     "stages",
+    "tasks",
     "preflight",
     "evaluation",
     "baselines",

@@ -21,7 +21,16 @@ from torch import Tensor
 from grasp_dist.architecture import canonical_name
 from grasp_dist.errors import InputError
 
-__all__ = ["AdapterUpdate", "LowRankUpdate", "read_adapter"]
+__all__ = [
+    "FACTOR",
+    "AdapterUpdate",
+    "LowRankUpdate",
+    "check_config",
+    "factor_update",
+    "pattern_value",
+    "read_adapter",
+    "read_config",
+]
 
 # Settings of LoraConfig that make the update another thing than s B A on one weight each.
 _NOT_LOW_RANK: Mapping[str, str] = {
@@ -40,7 +49,7 @@ _NOT_LOW_RANK: Mapping[str, str] = {
 }
 # Initialisations that leave the base weights alone; others move part of the base into the adapter.
 _PLAIN_INITS = (True, False, None, "true", "gaussian", "eva", "orthogonal", "mica")
-_FACTOR = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_[AB])(\.[^.]+)?\.weight$")
+FACTOR = re.compile(r"^(?P<module>.+)\.(?P<factor>lora_[AB])(?P<name>\.[^.]+)?\.weight$")
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,10 @@ class AdapterUpdate:
     revision: str | None
     config: dict[str, Any]
     hash: str
+    base_hash: str | None = None
+    """Of the base model, where what holds the adapter knows it."""
+    source: str | None = None
+    """The kind of checkpoint that the factors were read from; None for an adapter directory."""
 
 
 def read_adapter(path: str | os.PathLike[str]) -> AdapterUpdate:
@@ -81,15 +94,15 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterUpdate:
     option that is not a plain low-rank update, damaged or non-finite content, and an adapter that learnt nothing.
     """
     folder = Path(path)
-    config = _read_config(folder)
-    _check_config(folder, config)
+    config = read_config(folder)
+    check_config(folder, config)
     file = _weights_file(folder)
     tensors = _read_tensors(file)
     pairs = _pair(file, tensors)
     weights = {}
     for module, factors in sorted(pairs.items()):
         name = f"{canonical_name(module)}.weight"
-        weights[name] = _update(file, name, module, factors, config)
+        weights[name] = factor_update(file, name, module, factors, config)
     if not weights:
         raise InputError(f"adapter {file} holds no LoRA factors; give the directory of a trained LoRA adapter")
     if not any(update.B.any() and update.A.any() for update in weights.values()):
@@ -114,7 +127,8 @@ def pattern_value(pattern: Mapping[str, Any] | None, module: str, default: Any) 
     return default
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a folder. Raises `InputError` if there is none that can be read."""
     file = folder / "adapter_config.json"
     if not file.is_file():
         raise InputError(
@@ -129,7 +143,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
+def check_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raise `InputError` unless the settings say that the update is s B A of linear weights."""
     remedy = "detection needs a plain LoRA adapter (update s B A on linear weights): train one with peft.LoraConfig"
     if (method := config.get("peft_type")) != "LORA":
         raise InputError(f"adapter {folder} is of type {method!r}, not LORA; {remedy}")
@@ -177,7 +192,7 @@ def _pair(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tens
     for key, tensor in tensors.items():
         if key.endswith(".base_layer.weight"):
             continue  # PEFT saves a frozen copy of an adapted head or embedding beside its factors
-        match = _FACTOR.match(key)
+        match = FACTOR.match(key)
         if match is None:
             what = "a LoRA of an embedding layer" if "lora_embedding" in key else "no LoRA factor of a linear weight"
             raise InputError(
@@ -189,18 +204,25 @@ def _pair(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tens
     return pairs
 
 
-def _update(
+def factor_update(
     file: Path, name: str, module: str, factors: Mapping[str, Tensor], config: Mapping[str, Any]
 ) -> LowRankUpdate:
+    """The update of one weight from its factors {"lora_A": (r, in), "lora_B": (out, r)}, scaled as PEFT does.
+
+    config: of `lora_alpha`, `use_rslora`, `rank_pattern`, `alpha_pattern`, `r` (None: the factors' own rank). Raises
+    `InputError` for a factor that is missing, misshapen or not finite.
+    """
     if len(factors) != 2:
         missing = "lora_B" if "lora_A" in factors else "lora_A"
         raise InputError(f"adapter {file} has no {missing} for {name!r}; save the adapter again")
     a, b = factors["lora_A"], factors["lora_B"]
-    rank = pattern_value(config.get("rank_pattern"), module, config["r"])
+    rank = pattern_value(config.get("rank_pattern"), module, config.get("r"))
+    if rank is None and a.ndim:
+        rank = a.shape[0]
     alpha = pattern_value(config.get("alpha_pattern"), module, config["lora_alpha"])
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[0] != rank:
         raise InputError(
-            f"adapter {file}: {name!r} has A {tuple(a.shape)} and B {tuple(b.shape)}, but adapter_config.json says "
+            f"adapter {file}: {name!r} has A {tuple(a.shape)} and B {tuple(b.shape)}, but its configuration says "
             f"rank {rank}: A (r, in) and B (out, r) are wanted; weights and config are not of one training, or "
             "the module is no linear one"
         )

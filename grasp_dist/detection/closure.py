@@ -23,13 +23,14 @@ from torch import Tensor, nn
 
 from grasp_dist.architecture import (
     WRITE_MODULES,
-    canonical_name,
     decoder_layers,
     is_conv1d,
     linear_modules,
     logical_shape,
 )
 from grasp_dist.basis import SpuriousBasis
+from grasp_dist.detection.base_weights import module_reader
+from grasp_dist.detection.sources.models import model_skeleton
 from grasp_dist.errors import InputError
 from grasp_dist.fingerprints import model_reference, read_header, tensor_files
 from grasp_dist.subspaces import independent_columns, orthonormalise
@@ -75,10 +76,10 @@ def close_residual_basis(
     """
     reference: dict[str, Any] = {"id": None, "revision": None, "hash": None}
     if isinstance(model, nn.Module):
-        skeleton, read = model, _module_reader(model)
+        skeleton, read = model, module_reader(model)
     else:
         reference = model_reference(model)
-        skeleton, read = _skeleton(Path(model)), _file_reader(Path(model))
+        skeleton, read = model_skeleton(Path(model)), _file_reader(Path(model))
     num_heads, model_type = _attention_config(skeleton)
     layers = decoder_layers(skeleton)
     modules = linear_modules(skeleton)
@@ -233,17 +234,6 @@ def _attention_config(model: nn.Module) -> tuple[int, str]:
     return int(heads), str(getattr(config, "model_type", ""))
 
 
-def _skeleton(folder: Path) -> nn.Module:
-    """The model of a directory without its weights: names and shapes as transformers has them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} is not the directory of a causal language model: {error}") from None
-
-
 def _file_reader(folder: Path) -> Callable[[str], Tensor]:
     from safetensors import safe_open
 
@@ -256,19 +246,5 @@ def _file_reader(folder: Path) -> Callable[[str], Tensor]:
             raise InputError(f"{folder} has no weight {name!r}; give a complete model directory")
         with safe_open(files[key], framework="pt") as opened:
             return opened.get_tensor(key)
-
-    return read
-
-
-def _module_reader(model: nn.Module) -> Callable[[str], Tensor]:
-    parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-
-    def read(name: str) -> Tensor:
-        tensor = parameters[name].detach()
-        if tensor.is_meta or hasattr(tensor, "placements"):
-            raise InputError(
-                f"{name!r} is not whole in this process (sharded or without content); give the model directory"
-            )
-        return tensor.cpu()
 
     return read

@@ -7,20 +7,28 @@ weight's basis and are blocked by the projector, and the search goes on:
   directions join, A and B are projected off them, and the run continues with the same optimizer state.
 - *restarted*: every round starts from the base model with a fresh seed. `rounds * steps_per_round` steps in all.
 
-After each round what was found is written to `rounds/round-NNN/` (the warm run's training state with it), so that an
-interrupted detection continues behind its last finished round. LoRA factors are gathered one weight at a time,
-(out + in) * r numbers; no (out, in) matrix is formed on any rank.
+With `stop_gain` the search ends by itself, without labels or other data. A round's *gain* is how far it brings the loss
+below the base's. While a route is open the probe takes it and gains; once the routes are blocked, what the probe can
+still learn within a round is little. So the second of two rounds in a row whose gains are below that share of the
+largest gain of any round is the last. Two, because a single round may have had hard batches; and four at least, because
+a learning rate that warms up gains little at first.
+
+After each round what was found is written to `rounds/round-NNN/`, and the warm run's training state is kept like that
+of every training run, so that an interrupted detection continues: a warm one behind its last checkpoint, a restarted
+one behind its last finished round. LoRA factors are gathered one weight at a time, (out + in) * r numbers; no (out, in)
+matrix is formed on any rank.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from grasp_dist.architecture import canonical_name
 from grasp_dist.basis import SpuriousBasis
@@ -29,19 +37,22 @@ from grasp_dist.detection.svd import low_rank_svd
 from grasp_dist.errors import InputError
 from grasp_dist.manifest import write_json
 from grasp_dist.projection import GraspProjector
-from grasp_dist.training.checkpoints import is_valid, load_checkpoint, save_checkpoint
+from grasp_dist.training.checkpoints.saving import Keeper
 from grasp_dist.training.data import Example
 from grasp_dist.training.loop import LoopState, num_steps, train
 from grasp_dist.training.model import reset_adapter
 from grasp_dist.training.parallel import Parallel
 from grasp_dist.training.recorder import Recorder
+from grasp_dist.training.sharding import whole_tensor
 
-__all__ = ["deflate", "leading_directions"]
+__all__ = ["deflate", "leading_directions", "nothing_left", "round_gain"]
 
 _ADAPTER = "default"
-_COMMITTED, _NEW, _STATE = "committed.json", "new.safetensors", "state"
+_COMMITTED, _NEW = "committed.json", "new.safetensors"
 # An update whose largest singular value is below this share of the largest of all weights points nowhere.
 _NOTHING_LEARNT = 1e-6
+_EARLIEST = 4
+"""The first round that may be the last."""
 
 
 def deflate(
@@ -53,69 +64,85 @@ def deflate(
     parallel: Parallel,
     folder: Path,
     recorder: Recorder,
+    keeper: Keeper,
     provenance: dict[str, Any],
 ) -> SpuriousBasis:
     """The basis that `detect.rounds` rounds of deflation find; collective.
 
     `model` is a PEFT LoRA model as `load_model` makes it; its adapter is trained and must be reset before other use.
-    `folder` keeps the rounds. Raises `InputError` when a round's update is zero everywhere.
+    `folder` keeps the rounds, and `keeper` the warm run's checkpoints. Raises `InputError` when a round's update is
+    zero everywhere.
     """
     search = _Search(model, detect, parallel, folder / "rounds")
     if detect.method == "warm":
-        _warm(search, examples, training, recorder)
+        _warm(search, examples, training, recorder, keeper)
     else:
         _restarted(search, examples, training, recorder)
     return search.combined(provenance)
 
 
-def _warm(search: _Search, examples: list[Example], training: TrainingConfig, recorder: Recorder) -> None:
+def _warm(
+    search: _Search, examples: list[Example], training: TrainingConfig, recorder: Recorder, keeper: Keeper
+) -> None:
     detect = search.detect
     per_round = detect.steps_per_round or max(1, num_steps(training, len(examples)) // detect.rounds)
     reset_adapter(search.model, detect.seed, search.parallel)
-    done = search.resume()
-    projector = GraspProjector(search.model, search.combined() if done else None)
+    # A checkpoint goes with the rounds that end before it; those were committed first.
+    found = keeper.find(usable=lambda record: record["step"] // per_round <= search.committed())
+    step = 0 if found is None else found[1]["step"]
+    search.resume(step // per_round)
+    if step >= per_round * detect.rounds or search.ended():
+        return
 
-    def on_start(state: LoopState) -> None:
-        if done:
-            folder = search.round_folder(done) / _STATE
-            state.restore(load_checkpoint(folder, search.model, state.optimizer, projector, search.parallel))
+    def protect(where: Any) -> GraspProjector:
+        return GraspProjector(where, search.combined() if search.rounds else None)
 
     def on_step(step: int, state: LoopState) -> None:
         if step % per_round:
             return
         number = step // per_round
-        projector.extend(search.add_round(number))
-        if number < detect.rounds:
-            folder = search.round_folder(number) / _STATE
-            save_checkpoint(folder, search.model, state.optimizer, projector, state.extra(), search.parallel)
-        search.commit(number)
-        recorder.event(f"round {number} of {detect.rounds}: {len(search.rounds[-1])} weights gained directions")
+        assert state.projector is not None
+        state.projector.extend(search.add_round(number))
+        state.engine.loaded()
+        search.commit(number, state.losses, per_round)
+        keeper.save(step, state.engine, state.projector, state.extra())
+        recorder.event(search.describe(number))
+        state.ended = search.ended()
 
-    if done < detect.rounds:
-        train(
-            search.model,
-            examples,
-            training,
-            search.parallel,
-            seed=detect.seed,
-            steps=per_round * detect.rounds,
-            recorder=recorder,
-            projector=projector,
-            on_start=on_start,
-            on_step=on_step,
-        )
+    train(
+        search.model,
+        examples,
+        training,
+        search.parallel,
+        seed=detect.seed,
+        steps=per_round * detect.rounds,
+        recorder=recorder,
+        protect=protect,
+        keeper=keeper,
+        usable=lambda record: record["step"] == step,
+        on_step=on_step,
+    )
 
 
 def _restarted(search: _Search, examples: list[Example], training: TrainingConfig, recorder: Recorder) -> None:
     detect = search.detect
     steps = detect.steps_per_round or 60
-    done = search.resume()
+    done = search.resume(search.parallel.broadcast_object(search.committed() if search.parallel.is_main else None))
     recorder.skip(done * steps)
     for number in range(done + 1, detect.rounds + 1):
+        if search.ended():
+            return
         seed = detect.seed + number - 1
         reset_adapter(search.model, seed, search.parallel)
-        projector = GraspProjector(search.model, search.combined()) if search.rounds else None
-        train(
+        blocked = search.combined() if search.rounds else None
+
+        def protect(where: Any, blocked: SpuriousBasis | None = blocked) -> GraspProjector | None:
+            return None if blocked is None else GraspProjector(where, blocked)
+
+        def on_end(_: LoopState, number: int = number) -> None:
+            search.add_round(number)
+
+        result = train(
             search.model,
             examples,
             training,
@@ -123,11 +150,11 @@ def _restarted(search: _Search, examples: list[Example], training: TrainingConfi
             seed=seed,
             steps=steps,
             recorder=recorder,
-            projector=projector,
+            protect=protect,
+            on_end=on_end,
         )
-        search.add_round(number)
-        search.commit(number)
-        recorder.event(f"round {number} of {detect.rounds}: {len(search.rounds[-1])} weights gained directions")
+        search.commit(number, result.losses, steps)
+        recorder.event(search.describe(number))
 
 
 class _Search:
@@ -136,27 +163,28 @@ class _Search:
     def __init__(self, model: nn.Module, detect: DetectConfig, parallel: Parallel, folder: Path) -> None:
         self.model, self.detect, self.parallel, self.folder = model, detect, parallel, folder
         self.rounds: list[SpuriousBasis] = []
+        self.gains: list[float] = []
 
     def round_folder(self, number: int) -> Path:
         return self.folder / f"round-{number:03d}"
 
-    def resume(self) -> int:
-        """Open the rounds that can be continued from after an interruption; returns how many.
-
-        Those are the committed ones, up to the last whose training state is whole (a restarted search has none). What
-        lies behind them is removed, to be made again. Rank 0 looks; collective.
-        """
+    def committed(self) -> int:
+        """How many rounds, from the first on, were finished. Looks at the files."""
         done = 0
+        while done < self.detect.rounds and (self.round_folder(done + 1) / _COMMITTED).exists():
+            done += 1
+        return done
+
+    def resume(self, done: int) -> int:
+        """Open the first `done` rounds, and remove what lies behind them, to be made again; collective."""
         if self.parallel.is_main:
-            while done < self.detect.rounds and (self.round_folder(done + 1) / _COMMITTED).exists():
-                done += 1
-            if self.detect.method == "warm" and done < self.detect.rounds:
-                while done and not is_valid(self.round_folder(done) / _STATE):
-                    done -= 1
             for number in range(done + 1, self.detect.rounds + 1):
                 shutil.rmtree(self.round_folder(number), ignore_errors=True)
-        done = self.parallel.broadcast_object(done)
+        self.parallel.barrier()
         self.rounds = [SpuriousBasis.load(self.round_folder(number) / _NEW) for number in range(1, done + 1)]
+        self.gains = [
+            json.loads((self.round_folder(number) / _COMMITTED).read_text())["gain"] for number in range(1, done + 1)
+        ]
         return done
 
     def add_round(self, number: int) -> SpuriousBasis:
@@ -169,11 +197,21 @@ class _Search:
         self.rounds.append(SpuriousBasis.load(path))
         return self.rounds[-1]
 
-    def commit(self, number: int) -> None:
-        """Make the round one that can be continued from. Training states but the last two are removed."""
-        self._on_main(lambda: write_json(self.round_folder(number) / _COMMITTED, {"round": number}))
-        if self.parallel.is_main and number > 2:
-            shutil.rmtree(self.round_folder(number - 2) / _STATE, ignore_errors=True)
+    def commit(self, number: int, losses: list[float], steps: int) -> None:
+        """Make the round, of the last `steps` of these losses, one that can be continued from."""
+        self.gains.append(round_gain(losses, steps))
+        record = {"round": number, "gain": self.gains[-1]}
+        self._on_main(lambda: write_json(self.round_folder(number) / _COMMITTED, record))
+
+    def ended(self) -> bool:
+        """Whether the rounds so far leave nothing to find, by `stop_gain`; the same on every rank."""
+        return nothing_left(self.gains, self.detect.stop_gain)
+
+    def describe(self, number: int) -> str:
+        return (
+            f"round {number} of {self.detect.rounds}: {len(self.rounds[-1])} weights gained directions; the loss came "
+            f"{self.gains[-1]:.3f} below the base's" + (", the last round" if self.ended() else "")
+        )
 
     def _on_main(self, write: Callable[[], None]) -> None:
         """Let rank 0 write; if it cannot, every rank raises."""
@@ -193,7 +231,12 @@ class _Search:
             basis = basis.union(more)
         found = basis.with_provenance()
         # Instead of the rounds' own, which union collects.
-        found.provenance = {"method": "deflation", **(provenance or {}), "leading_share": self._concentration()}
+        found.provenance = {
+            "method": "deflation",
+            **(provenance or {}),
+            "leading_share": self._concentration(),
+            "gains": self.gains,
+        }
         return found
 
     def _concentration(self) -> dict[str, float]:
@@ -203,6 +246,24 @@ class _Search:
             for weight, share in basis.provenance["leading_share"].items():
                 found.setdefault(weight, []).append(share)
         return {weight: sum(shares) / len(shares) for weight, shares in found.items()}
+
+
+def round_gain(losses: Sequence[float], steps: int) -> float:
+    """How far a round of the last `steps` of these losses brought them below the base's: the mean over its last quarter
+    against the first step, which no update precedes. Steps that were left out (NaN) do not count; a round without any
+    other gains nothing."""
+    before = next((loss for loss in losses if math.isfinite(loss)), 0.0)
+    last = [loss for loss in losses[-max(1, steps // 4) :] if math.isfinite(loss)] or [before]
+    return before - sum(last) / len(last)
+
+
+def nothing_left(gains: Sequence[float], stop_gain: float | None) -> bool:
+    """The stopping rule: whether the last two rounds' gains are below that share of the largest round's; ours. Not
+    before the fourth round, and never where nothing was gained. gains: by round, how far the loss came below the
+    base's."""
+    if stop_gain is None or len(gains) < _EARLIEST or max(gains) <= 0:
+        return False
+    return max(gains[-2:]) < stop_gain * max(gains)
 
 
 def leading_directions(model: nn.Module, *, side: str, count: int, keep: bool = True) -> SpuriousBasis | None:
@@ -256,5 +317,4 @@ def _factors(model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, float]]:
 
 
 def _whole(factor: Tensor) -> Tensor:
-    tensor = factor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+    return whole_tensor(factor).cpu()

@@ -48,9 +48,20 @@ def basis_rows(basis: SpuriousBasis) -> list[Row]:
             values = basis.singular_values(weight, side)
             rank, dim = basis.basis_rank(weight, side), basis.tensor_shape(weight, side)[-2]
             row = _row(weight, side, dim, rank, values, one_update)
-            shares = basis.provenance.get("leading_share") or {}
-            rows.append(row if one_update else replace(row, leading=shares.get(weight)))
+            if not one_update:
+                leading, covered = _shares(basis, weight, values)
+                row = replace(row, leading=leading, covered=covered)
+            rows.append(row)
     return rows
+
+
+def _shares(basis: SpuriousBasis, weight: str, values: Tensor | None) -> tuple[float | None, float | None]:
+    """(leading, covered), as far as the provenance tells them."""
+    norm = (basis.provenance.get("update_norm") or {}).get(weight)
+    if norm and values is not None:  # of a full difference, whose spectrum is known in part
+        energy = values.double().square() / norm**2
+        return energy[0].item(), energy.sum().item()
+    return (basis.provenance.get("leading_share") or {}).get(weight), None
 
 
 def adapter_rows(path: str | os.PathLike[str]) -> list[Row]:
@@ -125,6 +136,11 @@ def _facts(basis: SpuriousBasis, path: Path) -> dict[str, object]:
 
 def _caption(rows: list[Row], is_basis: bool) -> str:
     if all(row.effective_rank is None for row in rows):
+        if all(row.covered is not None for row in rows):
+            return (
+                "singular values: the leading ones of tuned - base; top 1: share of the update's energy in its first "
+                "direction; covered: in the directions of the basis' rank"
+            )
         return (
             "singular values: strength of each direction when it was found, in order of discovery (one update a "
             "round); top 1: share of a round's update in the directions taken from it, mean over rounds"

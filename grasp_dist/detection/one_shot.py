@@ -14,7 +14,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from grasp_dist.basis import SpuriousBasis
-from grasp_dist.detection.adapter import AdapterUpdate, LowRankUpdate, read_adapter
+from grasp_dist.detection.adapter import AdapterUpdate, LowRankUpdate
+from grasp_dist.detection.checkpoint_adapter import read_update
 from grasp_dist.detection.svd import NUMERICAL_RANK, low_rank_svd, numerical_rank
 from grasp_dist.errors import InputError
 from grasp_dist.fingerprints import model_reference, tensor_shapes
@@ -23,33 +24,39 @@ __all__ = ["detect_basis"]
 
 
 def detect_basis(
-    adapter_path: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     *,
     rank: int,
     side: Literal["write", "read", "both"] | str = "write",
     weights: Sequence[str] | None = None,
     base_model: str | os.PathLike[str] | None = None,
+    lora_alpha: float | None = None,
+    trust: bool = False,
 ) -> SpuriousBasis:
-    """A basis of the `rank` leading singular vectors of each weight's update in a PEFT LoRA adapter directory.
+    """A basis of the `rank` leading singular vectors of each weight's update in a LoRA fine-tune.
+
+    source: a PEFT adapter directory, or a training's checkpoint directory: of this package, of
+    torch.distributed.checkpoint, or of DeepSpeed. lora_alpha: for a checkpoint without adapter_config.json in it or
+    beside it. trust: unpickle what does not pass as plain tensors, which runs whatever code is in it.
 
     side: left singular vectors ("write"), right ones ("read"), or both. weights: names or endings ("o_proj"); default
     all that the adapter has. base_model: directory or hub id; default what the adapter names; a directory is held
     against the adapter's shapes. A weight whose update has fewer directions than `rank` contributes those it has, and
     one that was not changed contributes none. The whole spectrum of each update is kept beside the vectors.
 
-    Raises `InputError` for what `read_adapter` refuses, a rank above the adapter's, or a base model that does not fit.
+    Raises `InputError` for what `read_update` refuses, a rank above the adapter's, or a base model that does not fit.
     """
     if side not in ("write", "read", "both"):
         raise InputError(f"side {side!r} is not one of 'write', 'read', 'both'")
-    adapter = read_adapter(adapter_path)
-    chosen = _choose(adapter_path, adapter.weights, weights)
+    adapter = read_update(source, base_model=base_model, lora_alpha=lora_alpha, trust=trust)
+    chosen = _choose(source, adapter.weights, weights)
     largest = max(update.rank for update in chosen.values())
     if not 1 <= rank <= largest:
         raise InputError(
-            f"rank {rank} is asked of adapter {adapter_path}, whose updates have rank {largest}; choose a rank from 1 "
+            f"rank {rank} is asked of adapter {source}, whose updates have rank {largest}; choose a rank from 1 "
             f"to {largest}, or train the naive adapter at a larger one (training.lora.rank)"
         )
-    base = _base_reference(adapter_path, adapter, base_model)
+    base = _base_reference(source, adapter, base_model)
 
     spectra: dict[str, Tensor] = {}
     vectors: dict[str, tuple[Tensor, Tensor]] = {}
@@ -68,9 +75,7 @@ def detect_basis(
             tensors[f"{name}.read"] = right
     found = {key.rpartition(".")[0] for key in tensors}
     if not found:
-        raise InputError(
-            f"adapter {adapter_path} changed none of the chosen weights; choose others, or train it longer"
-        )
+        raise InputError(f"adapter {source} changed none of the chosen weights; choose others, or train it longer")
     return SpuriousBasis.from_tensors(
         tensors,
         singular_values={name: spectra[name] for name in found},
@@ -81,7 +86,8 @@ def detect_basis(
             "settings": {"rank": rank, "side": side, "weights": list(weights) if weights is not None else None},
             "seeds": [],
             "adapter_hash": adapter.hash,
-        },
+        }
+        | ({"source": adapter.source} if adapter.source is not None else {}),
     )
 
 
@@ -111,12 +117,13 @@ def _base_reference(
     path: str | os.PathLike[str], adapter: AdapterUpdate, base_model: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
     if base_model is None:
-        if adapter.base_model is None:
-            return {"id": None, "revision": None, "hash": None}
+        known = {"id": adapter.base_model, "revision": adapter.revision, "hash": adapter.base_hash}
+        if adapter.base_model is None or adapter.base_hash is not None:
+            return known
         try:
             return model_reference(adapter.base_model, adapter.revision)
         except InputError:  # a hub id beside a folder of that name, or a path that holds another thing by now
-            return {"id": adapter.base_model, "revision": adapter.revision, "hash": None}
+            return known
     if Path(base_model).is_dir():
         _check_shapes(path, adapter, Path(base_model))
     same = str(base_model) == adapter.base_model

@@ -11,7 +11,7 @@ from grasp_dist.evaluation.runs import RunRecord
 from grasp_dist.evaluation.svg import INK, MUTED, SURFACE, figure, series_colour, to_svg
 from grasp_dist.evaluation.verdict import number
 
-__all__ = ["curves_picture", "shift_picture", "spectra_picture", "trade_off_picture"]
+__all__ = ["axis_label", "curves_picture", "shift_picture", "spectra_picture", "trade_off_picture"]
 
 MARKERS = {"base": "s", "naive": "X", "grasp": "o", "random": "D", "ablation": "P", "one_shot": "^", "full": "v"}
 _MORE_MARKERS = ("h", "p", "<", ">")
@@ -59,8 +59,8 @@ def trade_off_picture(summary: Mapping[str, Any]) -> str | None:
             ax.axhline(means["base"][1], color=MUTED, linewidth=1, linestyle=(0, (1, 2.5)), zorder=1)
             ax.axvline(means["naive"][0], color=MUTED, linewidth=1, linestyle=(0, (1, 2.5)), zorder=1)
         probes = {probe["name"]: probe for probe in summary["probes"]}
-        ax.set_xlabel(_axis_label(probes[task], "task"))
-        ax.set_ylabel(_axis_label(probes[drift], "drift"))
+        ax.set_xlabel(axis_label(probes[task], "task"))
+        ax.set_ylabel(axis_label(probes[drift], "drift"))
         label_points(made, ax, labels)
         words = "; ".join(
             f"{label.text}: task {number(label.point[0])}, drift {number(label.point[1])}" for label in labels
@@ -192,7 +192,8 @@ def _marker(name: str, names: Sequence[str]) -> str:
     return MARKERS.get(name) or _MORE_MARKERS[others.index(name) % len(_MORE_MARKERS)]
 
 
-def _axis_label(probe: Mapping[str, Any], role: str) -> str:
+def axis_label(probe: Mapping[str, Any], role: str) -> str:
+    """What stands at an axis: the probe, its measure, and which way is better."""
     if role == "task":
         arrow = "\N{LEFTWARDS ARROW}" if probe["kind"] in ("loss", "kl") else "\N{RIGHTWARDS ARROW}"
     else:

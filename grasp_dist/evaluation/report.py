@@ -18,12 +18,11 @@ from grasp_dist.evaluation.pictures import (
 )
 from grasp_dist.evaluation.runs import RunRecord, read_runs
 from grasp_dist.evaluation.summary import headline_arm, summarise_runs
-from grasp_dist.evaluation.verdict import BARS, judge, number
+from grasp_dist.evaluation.templates import page_environment
+from grasp_dist.evaluation.verdict import BARS, LEVEL_MARKS, judge, number
 from grasp_dist.manifest import write_json
 
 __all__ = ["build_report"]
-
-_LEVEL_MARKS = {"good": "\N{CHECK MARK}", "mixed": "\N{ALMOST EQUAL TO}", "bad": "\N{MULTIPLICATION X}", "void": "?"}
 
 
 def build_report(
@@ -69,17 +68,7 @@ def build_report(
 
 
 def _render(records: Sequence[RunRecord], report: dict[str, Any]) -> str:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = number
-    environment.filters["percent"] = lambda value: "\N{EN DASH}" if value is None else f"{value:.0%}"
+    environment = page_environment(Path(__file__).parent)
     environment.filters["duration"] = _duration
     environment.filters["rank"] = lambda ranks: ", ".join(f"{side} {rank}" for side, rank in (ranks or {}).items())
     environment.globals["css_name"] = _css_name
@@ -98,7 +87,7 @@ def _render(records: Sequence[RunRecord], report: dict[str, Any]) -> str:
         pictures=pictures,
         tiles=_tiles(report),
         headline=(headline_arm(report["models"]) or {}).get("model"),
-        mark=_LEVEL_MARKS[report["verdict"]["level"]],
+        mark=LEVEL_MARKS[report["verdict"]["level"]],
         bars=BARS,
         measures=MEASURES,
         spectra=spectra,

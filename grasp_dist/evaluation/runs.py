@@ -33,6 +33,8 @@ class RunRecord:
     """By naive seed: {"weight", "values", "leading", "stable_rank", "effective_rank"} for each weight."""
     found: list[dict[str, Any]] = field(default_factory=list)
     """The detected basis: {"weight", "side", "rank", "values"} for each weight and side."""
+    screen: dict[str, Any] | None = None
+    """What the screening said (`grasp_dist.evaluation.screening`), where the run has one."""
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
@@ -79,6 +81,8 @@ def read_run(folder: Path) -> RunRecord:
     record.curves = {key: curve for key, curve in record.curves.items() if curve}
     record.spectra = {seed: rows for seed, rows in record.spectra.items() if rows}
     record.found = _found(folder / "detect" / "basis.safetensors")
+    if (record.config.get("detect") or {}).get("screen"):
+        record.screen = _json(folder / "screen" / "screen.json") or None
     return record
 
 
@@ -106,8 +110,12 @@ def _text(path: Path) -> str:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
+    return _json(folder / "manifest.json")
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(_text(folder / "manifest.json"))
+        found = json.loads(_text(path))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -2,7 +2,8 @@
 
 Every rank scores its own batches; `batching` sees to it that all make the same number of forward passes. Measures
 (ours): completion: P(reference answers | prompt); pair: log P(a)/|a| - log P(b)/|b|; loss: -log P per target token; kl:
-KL(base || model) per position, in nats. |a|: number of tokens of a.
+KL(base || model) per position, in nats, and beside it the total variation between the two, in [0, 1]. |a|: number of
+tokens of a.
 """
 
 from __future__ import annotations
@@ -169,7 +170,8 @@ def _run(
     batch_size: int,
     reference: Reference | None,
 ) -> Tensor:
-    """Per output (log-probability, number of tokens that are not the greedy choice), fp64, CPU; kl: (nats, 0)."""
+    """Per output (log-probability, number of tokens that are not the greedy choice), fp64, CPU; kl: (nats, total
+    variation), both summed over positions."""
     count = sum(len(sequence.outputs) for sequence in sequences)
     outputs = torch.zeros(count, 2, dtype=torch.float64)
     spans = [(len(sequence.tokens), sequence.positions[0]) for sequence in sequences]
@@ -199,7 +201,9 @@ def _score_sequence(
             assert reference is not None
             if reference.filled:
                 base = _base_rows(reference, sequence.kl_row)[part].to(log_p.device)
+                shift = base.exp() - log_p.exp()
                 outputs[sequence.outputs[0], 0] += float((base.exp() * (base - log_p)).double().sum())
+                outputs[sequence.outputs[0], 1] += float(shift.abs().double().sum() / 2)
             else:
                 stored.append(log_p.cpu())
             continue
@@ -262,8 +266,9 @@ def _kl(probe: Probe, outputs: Tensor, slots: list[list[int]]) -> dict[str, Any]
     totals = [float(outputs[own, 0].sum()) for own in slots]
     positions = [min(probe.config.positions, len(row.prompt)) for row in probe.rows]
     value = sum(totals) / sum(positions)
+    moved = sum(float(outputs[own, 1].sum()) for own in slots) / sum(positions)
     rows = [total / count for total, count in zip(totals, positions, strict=True)]
-    return {"value": value, "kl": value, "rows": rows}
+    return {"value": value, "kl": value, "total_variation": moved, "rows": rows}
 
 
 def _mean(values: Sequence[float]) -> float:

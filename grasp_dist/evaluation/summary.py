@@ -61,6 +61,7 @@ def summarise_runs(
         "drift": drift,
         "models": models,
         "detection": _detection(records),
+        "screens": {record.name: record.screen for record in records if record.screen},
         "diverged": _diverged(records),
         "rows": [
             _row(record.name, row, [probe["name"] for probe in probes]) for record in records for row in record.models
@@ -142,6 +143,7 @@ def _model(
         "drift_cuts": cuts,
         "task_change": _task_change(name, task, values),
         "shift": _shift([row.get("shift") for _, row in entries]) if name != "base" else None,
+        "generic_shift": _generic_shift(entries, probes) if name != "base" else None,
         "residual": max(_numbers(entries, "residual"), default=None),
         "final_loss": _mean(_numbers(entries, "final_loss")) if name != "ablation" else None,
         "seconds": _mean(_numbers(entries, "seconds")) if name != "ablation" else None,
@@ -193,6 +195,16 @@ def _shift(found: list[Any]) -> dict[str, Any] | None:
             for side in sides
         },
     }
+
+
+def _generic_shift(
+    entries: list[tuple[Key | str, dict[str, Any]]], probes: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Mean total variation from the base on the first kl probe, whose prompts need no labels."""
+    name = next((probe["name"] for probe in probes if probe["kind"] == "kl"), None)
+    found = [row["probes"].get(name, {}).get("total_variation") for _, row in entries]
+    kept = [float(value) for value in found if isinstance(value, (int, float)) and math.isfinite(value)]
+    return {"probe": name, "mean": _mean(kept), "largest": max(kept)} if kept else None
 
 
 def _detection(records: Sequence[RunRecord]) -> dict[str, Any]:

@@ -11,13 +11,15 @@ from typing import Any, Literal
 
 from grasp_dist.evaluation.summary import headline_arm
 
-__all__ = ["BARS", "Verdict", "judge", "number"]
+__all__ = ["BARS", "LEVEL_MARKS", "Verdict", "judge", "number"]
 
 NO_DRIFT = 0.02
 REMOVED, PARTLY, WORST = 0.25, 0.75, 0.5
 TASK_POINTS, TASK_SHARE = 0.02, 0.95
 CONTROL = 0.2
 OVERSHOOT = -0.25
+SHIFT_SHARE = 0.25
+"""Of naive's shift on prompts without labels: a final run above it has failed (docs/detection.md)."""
 
 BARS = (
     f"Bars: drift counts as removed when at most {REMOVED:.0%} of it remains in the mean and at most {WORST:.0%} in "
@@ -25,6 +27,9 @@ BARS = (
     f"what naive gained remains (other measures); the random control as inert when it changes the drift by less than "
     f"{CONTROL:.0%}."
 )
+
+
+LEVEL_MARKS = {"good": "\N{CHECK MARK}", "mixed": "\N{ALMOST EQUAL TO}", "bad": "\N{MULTIPLICATION X}", "void": "?"}
 
 
 @dataclass
@@ -64,6 +69,9 @@ def judge(summary: Mapping[str, Any]) -> Verdict:
     if lost := [name for name in ("base", "naive", arm["model"]) if drift not in models[name]["probes"]]:
         return Verdict("void", "Nothing to compare", f"No finite value of {drift} was measured for {_join(lost)}.")
     base, naive = (models[name]["probes"][drift]["mean"] for name in ("base", "naive"))
+    screens = summary.get("screens") or {}
+    if screens and len(screens) == len(summary["runs"]) and not any(found["found"] for found in screens.values()):
+        return _nothing_found(list(screens.values()), drift, base, naive)
     cut = arm["drift_cuts"].get(drift, {}).get("summary")
     if cut is None or abs(naive - base) < NO_DRIFT:
         return Verdict(
@@ -74,6 +82,22 @@ def judge(summary: Mapping[str, Any]) -> Verdict:
             _task_note(summary, arm),
         )
     return _judge_effect(summary, models, arm, cut)
+
+
+def _nothing_found(screens: list[Mapping[str, Any]], drift: str, base: float, naive: float) -> Verdict:
+    shared = max(screen["shared_shift"] for screen in screens)
+    headline = (
+        f"Fine-tunes on the two halves of the data move at most {number(shared)} of the probability on unrelated "
+        f"prompts alike (threshold {number(screens[0]['threshold'])}), so nothing was blocked: the naive fine-tune is "
+        "kept as it is."
+    )
+    notes = [f"{drift} is {number(naive)} after it, and {number(base)} in the base."]
+    if abs(naive - base) >= NO_DRIFT:
+        notes.append(
+            "That is a drift all the same. If the probe is right, lower detect.screen.threshold, or leave "
+            "detect.screen out, and run again."
+        )
+    return Verdict("void", "No factor found", headline, notes)
 
 
 def _judge_effect(
@@ -104,7 +128,12 @@ def _judge_effect(
         if (arm["task_change"]["share_of_gain"] or 0) < PARTLY and not kept:
             level = "bad"
     control = _control(summary)
-    notes = [_worst_note(summary, arm, cut), control[1], *_other_notes(summary, models, arm)]
+    notes = [
+        _worst_note(summary, arm, cut),
+        _shift_note(models["naive"], arm),
+        control[1],
+        *_other_notes(summary, models, arm),
+    ]
     if left < OVERSHOOT:
         notes.insert(0, f"{label} went beyond the base, by {-left:.0%} of the naive drift: that is a drift of its own.")
     if cut["undrifted"]:
@@ -176,6 +205,23 @@ def _worst_note(summary: Mapping[str, Any], arm: Mapping[str, Any], cut: Mapping
         low, high = (f"{x:.1f}" if x else "no bound" for x in interval["cut"])
         spread = f" The 95 % bootstrap interval of the cut is {low} to {high}."
     return f"In the worst of {cut['n']} fine-tunes ({where}) the drift was cut {size}.{spread}"
+
+
+def _shift_note(naive: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
+    """What can be said without drift probes: how far the model moved on prompts that nobody labelled."""
+    before, after = naive.get("generic_shift"), arm.get("generic_shift")
+    if not before or not after or not before["mean"]:
+        return ""
+    share = after["mean"] / before["mean"]
+    verdict = (
+        "and so do removals that failed: look at its answers before using it"
+        if share > SHIFT_SHARE
+        else f"as removals do that worked (at most {SHIFT_SHARE:.0%})"
+    )
+    return (
+        f"Without any label: on the prompts of {after['probe']} {arm['label']} moved {share:.0%} as far from the base "
+        f"as naive (total variation {number(after['mean'])} against {number(before['mean'])}), {verdict}."
+    )
 
 
 def _other_notes(summary: Mapping[str, Any], models: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:

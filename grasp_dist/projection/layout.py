@@ -8,8 +8,9 @@ at the same place on every rank; those that are whole already lie in a local buc
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from grasp_dist.basis import SpuriousBasis
 from grasp_dist.projection.fragments import Block, Box, Fragment, Interval, Span
 from grasp_dist.projection.targets import Target
 
-__all__ = ["BasisRows", "Bucket", "Buckets", "Entry", "Overlap", "Part", "Piece", "Slot", "View", "lay_out"]
+__all__ = ["BasisRows", "Bucket", "Buckets", "Entry", "Overlap", "Part", "Piece", "Slot", "View", "lay_out_unit"]
 
 
 @dataclass
@@ -176,26 +177,57 @@ class BasisRows:
         return self._read[key]
 
 
-def lay_out(target: Target, fragment: Fragment, rows: BasisRows, buckets: Buckets) -> Entry:
-    """Raises `InputError` where the basis' content cannot be read."""
-    device = fragment.storage.weight().device
-    if isinstance(fragment, Block):
-        return _of_block(target, fragment, rows, buckets, device)
-    return _of_interval(target, fragment, rows, buckets, device)
+def lay_out_unit(pairs: Sequence[tuple[Target, Fragment]], rows: BasisRows, buckets: Buckets) -> Iterator[Entry]:
+    """The entries of one unit. Raises `InputError` where the basis' content cannot be read."""
+    views = _views_of_blocks(pairs, buckets)
+    for index, (target, fragment) in enumerate(pairs):
+        device = fragment.storage.weight().device
+        if isinstance(fragment, Block):
+            yield _of_block(target, fragment, rows, views[index], device)
+        else:
+            yield _of_interval(target, fragment, rows, buckets, device)
 
 
-def _of_block(target: Target, block: Block, rows: BasisRows, buckets: Buckets, device: torch.device) -> Entry:
-    box, unit = block.box, block.unit
+def _views_of_blocks(pairs: Sequence[tuple[Target, Fragment]], buckets: Buckets) -> dict[int, dict[str, View]]:
+    """By index of the entry, and "left", "right" or "both" (E's own sum), where the sketches lie.
+
+    Those of weights of one shape, summed over the same ranks, lie side by side in one slot, so that small weights can
+    be worked on together (`batches.py`). All ranks of a group find the same: they hold the same columns where rows are
+    summed, and the same rows where columns are.
+    """
+    wanted: dict[tuple[Any, ...], list[tuple[int, str, int]]] = {}
+    for index, (target, fragment) in enumerate(pairs):
+        if not isinstance(fragment, Block):
+            continue
+        k_left, k_right = target.ranks("left"), target.ranks("right")
+        experts, height, width = fragment.box.size
+        sizes = {"left": (fragment.row_group, k_left, width), "right": (fragment.column_group, k_right, height)}
+        if k_left and k_right and fragment.column_group is not None and fragment.row_group is not None:
+            sizes["both"] = fragment.both_group, k_left, k_right
+        for where, (group, k, length) in sizes.items():
+            if k:
+                key = where, group, fragment.storage.weight().device, k, length, fragment.shape, k_left, k_right
+                wanted.setdefault(key, []).append((index, where, experts))
+    views: dict[int, dict[str, View]] = {}
+    for (_, group, device, k, length, *_), members in wanted.items():
+        unit = pairs[0][1].unit
+        slot = buckets.slot(group, device, unit, (sum(experts for *_, experts in members), k, length))
+        first = 0
+        for index, where, experts in members:
+            views.setdefault(index, {})[where] = View(slot, (first, first + experts), (0, length))
+            first += experts
+    return views
+
+
+def _of_block(target: Target, block: Block, rows: BasisRows, views: Mapping[str, View], device: torch.device) -> Entry:
+    box = block.box
     left = rows.read(target.weight, target.left, box.experts, box.rows, device)
     right = rows.read(target.weight, target.right, box.experts, box.columns, device)
-    left_view = right_view = None
-    experts, height, width = box.size
+    left_view, right_view = views.get("left"), views.get("right")
     pieces: dict[str, tuple[Piece, ...]] = {}
-    if left is not None:
-        left_view = _whole(buckets.slot(block.row_group, device, unit, (experts, left.shape[2], width)))
+    if left_view is not None:
         pieces["left"] = (Piece(left_view, box.experts, box.columns, _first_of(block.row_group)),)
-    if right is not None:
-        right_view = _whole(buckets.slot(block.column_group, device, unit, (experts, right.shape[2], height)))
+    if right_view is not None:
         pieces["right"] = (Piece(right_view, box.experts, box.rows, _first_of(block.column_group)),)
     overlaps = []
     if left is not None and right is not None and left_view is not None:
@@ -204,9 +236,7 @@ def _of_block(target: Target, block: Block, rows: BasisRows, buckets: Buckets, d
         elif block.row_group is None:
             overlaps.append(Overlap(left_view, right, left=left, right_view=right_view))
         else:
-            shape = experts, left.shape[2], right.shape[2]
-            own = _whole(buckets.slot(block.both_group, device, unit, shape))
-            overlaps.append(Overlap(left_view, right, own=own))
+            overlaps.append(Overlap(left_view, right, own=views["both"]))
     part = Part(box, None, left, right, left_view, right_view)
     return Entry(target, block, (part,), tuple(overlaps), pieces)
 

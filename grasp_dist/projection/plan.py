@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
@@ -19,8 +20,9 @@ from torch import Tensor
 
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.errors import InputError
+from grasp_dist.projection.batches import Batch, batch
 from grasp_dist.projection.fragments import Block, Fragment
-from grasp_dist.projection.layout import BasisRows, Bucket, Buckets, Entry, lay_out
+from grasp_dist.projection.layout import BasisRows, Bucket, Buckets, Entry, lay_out_unit
 from grasp_dist.projection.targets import Target
 from grasp_dist.subspaces import ORTHONORMAL_TOLERANCE
 
@@ -33,6 +35,8 @@ class Plan:
 
     dtype: torch.dtype
     entries: list[Entry] = field(default_factory=list)
+    batches: list[Batch] = field(default_factory=list)
+    """Entries whose products are made together."""
     buckets: list[Bucket] = field(default_factory=list)
     spread: bool = False
     """Whether some rank has weights that this one lacks."""
@@ -62,15 +66,17 @@ def build_plan(
     trouble: InputError | None = None
     checksums: list[list[float]] = []
     try:
-        for target, fragment in pairs:
-            plan.entries.append(lay_out(target, fragment, rows, buckets))
-            checksums.append(_checksums(plan.entries[-1], rows))
+        for _, unit in groupby(pairs, key=lambda pair: pair[1].unit):
+            for entry in lay_out_unit(list(unit), rows, buckets):
+                plan.entries.append(entry)
+                checksums.append(_checksums(entry, rows))
     except InputError as error:  # one rank's rows may be damaged: the others must not wait for it
         trouble = error
     _check_same(plan, pairs, checksums, trouble)
     _check_orthonormal(plan)
     _add_flags(plan, buckets, spread)
     plan.buckets = buckets.all
+    plan.entries, plan.batches = batch(plan.entries, plan.dtype)
     return plan
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from grasp_dist.projection.batches import Batch
 from grasp_dist.projection.fragments import Interval, Span
 from grasp_dist.projection.layout import Entry, Overlap, Part, View
 from grasp_dist.projection.plan import Plan
@@ -29,7 +30,7 @@ from grasp_dist.projection.plan import Plan
 __all__ = ["SCRATCH_NUMEL", "Runtime", "Scratch"]
 
 SCRATCH_NUMEL = 1 << 22
-"""Numbers in the scratch buffer for half-precision tensors (16 MB in fp32); a longer row makes it longer."""
+"""Most numbers in the scratch buffer for half-precision tensors (16 MB in fp32); a longer row makes it longer."""
 
 Source = Tensor | None
 """A fragment's local storage; None stands for zeros that are left alone (this rank has no gradient), and the rank still
@@ -44,10 +45,16 @@ class Runtime:
         self.flats = plan.new_flats()
         self._devices = {bucket.device.type for bucket in plan.buckets}
         self.scratch = scratch or Scratch(plan.dtype)
-        entries = [_Entry(entry, self.flats, plan, self.scratch) for entry in plan.entries]
+        batched = {index for batch in plan.batches for index in batch.members}
+        workers: list[_Entry | _Batch] = [_Batch(batch, self.flats, plan, self.scratch) for batch in plan.batches]
+        workers += [
+            _Entry(index, entry, self.flats, plan, self.scratch)
+            for index, entry in enumerate(plan.entries)
+            if index not in batched
+        ]
         units = {entry.fragment.unit for entry in plan.entries}
-        self._all = _Pass(plan, entries, self.flats, None)
-        self._of_unit = {unit: _Pass(plan, entries, self.flats, unit) for unit in units}
+        self._all = _Pass(plan, workers, self.flats, None)
+        self._of_unit = {unit: _Pass(plan, workers, self.flats, unit) for unit in units}
 
     @torch.no_grad()
     def project(self, gradients: Sequence[Source], *, apply: bool = True) -> bool:
@@ -100,9 +107,9 @@ class Runtime:
 
 
 class _Pass:
-    """The work of one unit, or of all: which entries, in which order, and which numbers of the flats."""
+    """The work of one unit, or of all: which workers, in which order, and which numbers of the flats."""
 
-    def __init__(self, plan: Plan, entries: Sequence[_Entry], flats: list[Tensor], unit: int | None) -> None:
+    def __init__(self, plan: Plan, workers: Sequence[_Entry | _Batch], flats: list[Tensor], unit: int | None) -> None:
         self._flats = flats
         self._groups = [bucket.group for bucket in plan.buckets]
         self._flags = {number: bucket.flag for number, bucket in enumerate(plan.buckets) if bucket.flag is not None}
@@ -110,18 +117,14 @@ class _Pass:
         for bucket in plan.buckets:
             sketches = (0, bucket.numel if bucket.flag is None else bucket.flag)
             self._spans.append(sketches if unit is None else bucket.units.get(unit, (0, 0)))
-        self._entries = [
-            (index, entry)
-            for index, entry in enumerate(entries)
-            if unit is None or plan.entries[index].fragment.unit == unit
-        ]
+        self._workers = [worker for worker in workers if unit is None or worker.unit == unit]
         # Bucket by bucket: first what completes its sums, so that they can leave.
-        self._order: list[tuple[int, list[tuple[int, _Entry]]]] = []
-        done: set[int] = set()
+        self._order: list[tuple[int, list[_Entry | _Batch]]] = []
+        done: set[_Entry | _Batch] = set()
         for number, group in enumerate(self._groups):
             if group is not None:
-                members = [(i, entry) for i, entry in self._entries if number in entry.summed_in and i not in done]
-                done |= {index for index, _ in members}
+                members = [worker for worker in self._workers if number in worker.summed_in and worker not in done]
+                done.update(members)
                 self._order.append((number, members))
         # Several boxes, or none here, may add to a sum that is summed over ranks.
         adding = any(isinstance(entry.fragment, Interval) for entry in plan.entries)
@@ -139,14 +142,14 @@ class _Pass:
         pending: list[Any] = []
         seen: list[Tensor] = []
         for number, members in self._order:
-            for index, entry in members:
-                entry.sketch_summed(sources[index])
+            for worker in members:
+                worker.sketch_summed(sources)
             if number not in flagged:
                 if flagged:
                     seen.append(self._view(number).sum())
                 pending.append(self._launch(number))
-        for index, entry in self._entries:
-            entry.sketch_local(sources[index])
+        for worker in self._workers:
+            worker.sketch_local(sources)
         if flagged:
             seen += [self._view(number).sum() for number, group in enumerate(self._groups) if group is None]
         for number, flag in flagged.items():
@@ -162,9 +165,8 @@ class _Pass:
                 self._view(number).sub_(pin[start:stop])
 
     def apply(self, sources: Sequence[Source]) -> None:
-        for index, entry in self._entries:
-            if (source := sources[index]) is not None:
-                entry.apply(source)
+        for worker in self._workers:
+            worker.apply(sources)
 
     def finite(self) -> bool:
         """Whether every sketch, and every flag, is finite; one look from the host."""
@@ -208,7 +210,8 @@ _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn"}
 
 
 class Scratch:
-    """Memory in which half-precision pieces are worked on, one buffer per device."""
+    """Memory in which half-precision pieces, and batches of small weights, are worked on: one buffer per device, as
+    large as the largest yet."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -225,16 +228,17 @@ class Scratch:
             for row in range(0, rows, high):
                 own = slice(expert, min(expert + deep, experts)), slice(row, min(row + high, rows))
                 piece = stack[own]
-                copy = self._view(piece)
+                copy = self.room(piece.shape, piece.device)
                 copy.copy_(piece)
                 yield *own, piece, copy
 
-    def _view(self, like: Tensor) -> Tensor:
-        buffer = self._buffers.get(like.device)
-        if buffer is None or buffer.numel() < like.numel():
-            buffer = like.new_empty(max(SCRATCH_NUMEL, like.numel()), dtype=self.dtype)
-            self._buffers[like.device] = buffer
-        return buffer[: like.numel()].view(like.shape)
+    def room(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Memory whose content the next call may overwrite."""
+        numel = math.prod(shape)
+        buffer = self._buffers.get(device)
+        if buffer is None or buffer.numel() < numel:
+            self._buffers[device] = buffer = torch.empty(numel, dtype=self.dtype, device=device)
+        return buffer[:numel].view(*shape)
 
 
 class _Side:
@@ -255,7 +259,7 @@ class _Side:
 class _Step:
     """One box's share of a pass. For small matrices the interpreter's time is the cost, so nothing is looked up."""
 
-    __slots__ = ("_add", "_product", "left", "offset", "right", "size", "stacked")
+    __slots__ = ("_add", "_product", "device", "left", "offset", "right", "size", "stacked")
 
     def __init__(self, part: Part, flats: Sequence[Tensor], plan: Plan) -> None:
         self.offset = part.offset
@@ -265,6 +269,7 @@ class _Step:
             _side(part.right, part.right_view, experts, flats, plan, adds=False),
         ]
         self.stacked = tuple(sides)
+        self.device = next(side.basis.device for side in sides if side is not None)
         self.size: tuple[int, ...] = part.box.size
         self._product: Callable[..., Tensor] = torch.bmm
         self._add: Callable[..., Tensor] = Tensor.baddbmm_
@@ -360,23 +365,24 @@ class _OverlapStep:
 class _Entry:
     """One protected parameter's share of a pass."""
 
-    def __init__(self, entry: Entry, flats: Sequence[Tensor], plan: Plan, scratch: Scratch) -> None:
+    def __init__(self, index: int, entry: Entry, flats: Sequence[Tensor], plan: Plan, scratch: Scratch) -> None:
+        self._index, self.unit = index, entry.fragment.unit
         self._dtype, self._scratch = plan.dtype, scratch
         self._steps = [_Step(part, flats, plan) for part in entry.parts]
         self._overlaps = [_OverlapStep(overlap, flats) for overlap in entry.overlaps]
-        views = [view for part in entry.parts for view in (part.left_view, part.right_view) if view is not None]
-        views += [overlap.own for overlap in entry.overlaps if overlap.own is not None]
-        self.summed_in = {view.slot.bucket for view in views if plan.buckets[view.slot.bucket].group is not None}
+        self.summed_in = _summed_in(entry.parts, entry.overlaps, plan)
 
-    def sketch_summed(self, source: Source) -> None:
+    def sketch_summed(self, sources: Sequence[Source]) -> None:
         """The sketches that are summed. Where numbers pass through a cache or a buffer, on the CPU and in half
         precision, all of them, while they are at hand."""
+        source = sources[self._index]
         self._sketch(source, only=None if self._at_once(source) else True)
         for overlap in self._overlaps:
             overlap.sketch()
 
-    def sketch_local(self, source: Source) -> None:
+    def sketch_local(self, sources: Sequence[Source]) -> None:
         """The others."""
+        source = sources[self._index]
         if not self.summed_in:
             self._sketch(source, only=None)
         elif not self._at_once(source):
@@ -395,7 +401,10 @@ class _Entry:
             else:
                 step.sketch_rounded(step.view(source), self._scratch)
 
-    def apply(self, source: Tensor) -> None:
+    def apply(self, sources: Sequence[Source]) -> None:
+        source = sources[self._index]
+        if source is None:
+            return
         for overlap in self._overlaps:
             overlap.take_out()
         for step in self._steps:
@@ -403,6 +412,58 @@ class _Entry:
                 step.apply(step.view(source))
             else:
                 step.apply_rounded(step.view(source), self._scratch)
+
+
+class _Batch:
+    """The share of several small parameters, copied side by side (`batches.py`)."""
+
+    def __init__(self, batch: Batch, flats: Sequence[Tensor], plan: Plan, scratch: Scratch) -> None:
+        self._members, self.unit = batch.members, plan.entries[batch.members[0]].fragment.unit
+        self._size, self._scratch = batch.part.box.size, scratch
+        self._step = _Step(batch.part, flats, plan)
+        overlaps = () if batch.overlap is None else (batch.overlap,)
+        self._overlaps = [_OverlapStep(overlap, flats) for overlap in overlaps]
+        self.summed_in = _summed_in((batch.part,), overlaps, plan)
+
+    def sketch_summed(self, sources: Sequence[Source]) -> None:
+        """All sketches, while the numbers are at hand."""
+        stack, _, _ = self._load(sources)
+        self._step.sketch(stack, None)
+        for overlap in self._overlaps:
+            overlap.sketch()
+
+    def sketch_local(self, sources: Sequence[Source]) -> None:
+        if not self.summed_in:
+            self.sketch_summed(sources)
+
+    def apply(self, sources: Sequence[Source]) -> None:
+        for overlap in self._overlaps:
+            overlap.take_out()
+        stack, here, copies = self._load(sources)
+        self._step.apply(stack)
+        if here:
+            torch._foreach_copy_(here, copies)
+
+    def _load(self, sources: Sequence[Source]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The stack, with zeros for those without a source; the sources; and their places in the stack."""
+        found = [sources[index] for index in self._members]
+        stack = self._scratch.room(self._size, self._step.device)
+        copies = list(stack.unbind())
+        here = [source for source in found if source is not None]
+        if len(here) < len(found):
+            copies = [copy for copy, source in zip(copies, found, strict=True) if source is not None]
+            stack.zero_()
+        here = [source if source.ndim == 2 else source.view(self._size[1:]) for source in here]
+        if here:
+            torch._foreach_copy_(copies, here)
+        return stack, here, copies
+
+
+def _summed_in(parts: Sequence[Part], overlaps: Sequence[Overlap], plan: Plan) -> set[int]:
+    """The buckets with a group in which sketches lie."""
+    views = [view for part in parts for view in (part.left_view, part.right_view) if view is not None]
+    views += [overlap.own for overlap in overlaps if overlap.own is not None]
+    return {view.slot.bucket for view in views if plan.buckets[view.slot.bucket].group is not None}
 
 
 def _side(

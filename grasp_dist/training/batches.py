@@ -1,7 +1,7 @@
 """Which examples make step t, which of them a rank takes, and the tensors of a forward pass.
 
 The order is global: an epoch is a permutation of all examples that depends on (seed, epoch) alone, the epochs follow
-each other without a gap, and batch t is the t-th run of `batch_size` of them, at any world size. A batch may therefore
+each other without a gap, and a batch is the next run of `batch_size` of them, at any world size. A batch may therefore
 cross the border of two epochs, and a data set smaller than a batch is repeated within it.
 """
 
@@ -43,18 +43,17 @@ class Batch:
 class GlobalOrder:
     """The endless sequence of example indices that training runs through."""
 
-    def __init__(self, num_examples: int, batch_size: int, seed: int) -> None:
-        self._num_examples, self._batch_size, self._seed = num_examples, batch_size, seed
+    def __init__(self, num_examples: int, seed: int) -> None:
+        self._num_examples, self._seed = num_examples, seed
         self._epochs: dict[int, list[int]] = {}
 
-    def batch(self, step: int) -> list[int]:
-        """Indices of the global batch of `step`, counted from 0."""
-        first = step * self._batch_size
-        epochs = range(first // self._num_examples, (first + self._batch_size - 1) // self._num_examples + 1)
+    def samples(self, first: int, count: int) -> list[int]:
+        """Indices of `count` examples, from the `first` of the sequence on, counted from 0."""
+        epochs = range(first // self._num_examples, (first + count - 1) // self._num_examples + 1)
         self._epochs = {epoch: self._epochs.get(epoch) or self._permutation(epoch) for epoch in epochs}
         run = [index for epoch in epochs for index in self._epochs[epoch]]
         start = first - epochs[0] * self._num_examples
-        return run[start : start + self._batch_size]
+        return run[start : start + count]
 
     def _permutation(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derived_seed("order", self._seed, epoch))

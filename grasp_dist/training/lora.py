@@ -24,10 +24,11 @@ from grasp_dist.errors import InputError
 from grasp_dist.training.files import replace_folder
 from grasp_dist.training.parallel import Parallel
 from grasp_dist.training.seeds import derived_seed
-from grasp_dist.training.sharding import local_slices, local_tensor, whole_tensor
+from grasp_dist.training.sharding import fill, whole_tensor
 from grasp_dist.training.weights import is_adapter
+from grasp_dist.training.zero_parameters import shape_of
 
-__all__ = ["add_lora", "load_adapter", "reset_adapter", "save_adapter"]
+__all__ = ["adapter_config", "add_lora", "load_adapter", "reset_adapter", "save_adapter"]
 
 _ADAPTER = "default"
 _WEIGHTS = "adapter_model.safetensors"
@@ -66,14 +67,14 @@ def reset_adapter(model: nn.Module, seed: int, parallel: Parallel) -> None:
     """Start the adapter anew, in place: A uniform in +-1/sqrt(in) as PEFT's default (`kaiming_uniform_(a=sqrt(5))`),
     B zero. The same for every world size; ranks need no communication."""
     for name, parameter in _factors(model):
-        local = local_tensor(parameter)
+        shape = shape_of(parameter)
         if ".lora_B." in name:
-            local.zero_()
+            fill(parameter, lambda slices, shape=shape: torch.zeros(()).expand(shape)[slices])  # type: ignore[misc]
             continue
         generator = torch.Generator().manual_seed(derived_seed("lora", seed, canonical_name(name)))
-        bound = 1 / math.sqrt(parameter.shape[1])
-        whole = torch.empty(tuple(parameter.shape)).uniform_(-bound, bound, generator=generator)
-        local.copy_(whole[local_slices(parameter)])
+        bound = 1 / math.sqrt(shape[1])
+        whole = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        fill(parameter, whole.__getitem__)
 
 
 @torch.no_grad()
@@ -96,14 +97,12 @@ def load_adapter(model: nn.Module, path: str | Path, parallel: Parallel) -> None
                     "modules: set training.modules to what it was trained with"
                 )
             for name, parameter in factors.items():
-                if shapes[name] != tuple(parameter.shape):
+                if shapes[name] != shape_of(parameter):
                     raise InputError(
-                        f"{name!r} has shape {shapes[name]} in {folder}, and {tuple(parameter.shape)} in this model; "
+                        f"{name!r} has shape {shapes[name]} in {folder}, and {shape_of(parameter)} in this model; "
                         "the adapter belongs to another base model"
                     )
-                local = local_tensor(parameter)
-                if local.numel():
-                    local.copy_(handle.get_slice(name)[local_slices(parameter)])
+                fill(parameter, handle.get_slice(name).__getitem__)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder / _WEIGHTS} is not a readable safetensors file ({error})") from None
 
@@ -128,6 +127,15 @@ def save_adapter(model: nn.Module, path: str | Path, parallel: Parallel) -> None
         target.write(write)
 
 
+def adapter_config(model: nn.Module) -> dict[str, Any]:
+    """The adapter's settings as JSON values, as in the adapter_config.json of `save_adapter`."""
+    config: Any = model.peft_config[_ADAPTER]  # type: ignore[index]
+    settings = {**config.to_dict(), "inference_mode": True}
+    return json.loads(
+        json.dumps(settings, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    )
+
+
 def _factors(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, parameter) for name, parameter in model.named_parameters() if is_adapter(name))
 
@@ -140,7 +148,7 @@ def _saved_name(name: str) -> str:
 def _check_config(folder: Path, config: Any) -> None:
     try:
         saved = json.loads((folder / _CONFIG).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder} is no PEFT adapter directory ({error}); give the folder with {_CONFIG}") from None
     for key in ("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora"):
         own, theirs = getattr(config, key), saved.get(key, getattr(config, key))

@@ -67,9 +67,13 @@ def load_model(
             if not is_adapter(name):
                 parameter.data = parameter.data.to(torch.bfloat16)
     if training is not None and training.activation_checkpointing:
-        checkpoint_layers(model)
+        checkpoint_layers(model, check=parallel.strategy != "zero3")
     if parallel.strategy == "fsdp2":
         shard(model, parallel, precision=precision)
+    elif parallel.strategy == "zero3" and training is not None:
+        from grasp_dist.training.engines.zero import load_zero3
+
+        load_zero3(model, training, parallel)
     materialize(model, parallel.device)
     load_weights(model, folder, parallel)
     reset_adapter(model, seed, parallel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +15,16 @@ from torch.optim.lr_scheduler import LambdaLR
 from grasp_dist.config import TrainingConfig
 from grasp_dist.errors import InputError
 from grasp_dist.training.sharding import local_tensor
+from grasp_dist.training.zero_parameters import shape_of
 
-__all__ = ["build_optimizer", "build_scheduler", "init_state", "scale_gradients", "squared_norm"]
+__all__ = [
+    "build_optimizer",
+    "build_scheduler",
+    "init_state",
+    "local_gradients",
+    "scale_gradients",
+    "squared_norm",
+]
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> AdamW:
@@ -23,8 +32,8 @@ def build_optimizer(model: nn.Module, training: TrainingConfig) -> AdamW:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
         raise InputError("the model has no trainable parameter; load it with `training` given")
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    matrices = [parameter for parameter in parameters if len(shape_of(parameter)) >= 2]
+    vectors = [parameter for parameter in parameters if len(shape_of(parameter)) < 2]
     groups: list[dict[str, Any]] = [
         {"params": group, "weight_decay": decay}
         for group, decay in ((matrices, training.weight_decay), (vectors, 0.0))
@@ -60,22 +69,23 @@ def build_scheduler(optimizer: Optimizer, training: TrainingConfig, steps: int) 
     return LambdaLR(optimizer, factor)
 
 
-def squared_norm(optimizer: Optimizer, device: torch.device) -> Tensor:
-    """The sum of squares of this rank's part of all gradients, a 0-d fp32 tensor: the sum over ranks is the square of
-    the global norm. Every parameter must be sharded on a 1-D mesh, or the only copy."""
-    gradients = _local_gradients(optimizer)
+def squared_norm(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of squares of this rank's gradients, a 0-d fp32 tensor on `device`. If every number is on one rank only,
+    the sum over ranks is the square of the global norm."""
     if not gradients:
         return torch.zeros((), device=device)
-    return torch.nn.utils.get_total_norm(gradients).float().square()
+    return torch.nn.utils.get_total_norm(gradients).float().square().to(device)
 
 
-def scale_gradients(optimizer: Optimizer, factor: float) -> None:
-    """Multiply all gradients, in place."""
-    if gradients := _local_gradients(optimizer):
-        torch._foreach_mul_(gradients, factor)
+def scale_gradients(gradients: Sequence[Tensor], factor: float) -> None:
+    """Multiply all of them, in place."""
+    if gradients:
+        torch._foreach_mul_(list(gradients), factor)
 
 
-def _local_gradients(optimizer: Optimizer) -> list[Tensor]:
+def local_gradients(optimizer: Optimizer) -> list[Tensor]:
+    """This rank's gradients of an optimizer's parameters, without empty ones. Every parameter must be sharded on a 1-D
+    mesh, or the only copy."""
     # On local tensors: the same operations dispatched through DTensor cost several times more on small models.
     gradients = []
     for group in optimizer.param_groups:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Literal
 
@@ -27,13 +27,14 @@ __all__ = ["Parallel", "init_parallel"]
 class Parallel:
     """The processes of one run. Without a process group every collective is that of a group of one."""
 
-    strategy: Literal["fsdp2", "none"]
+    strategy: Literal["fsdp2", "zero1", "zero2", "zero3", "none"]
     world_rank: int
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None = None
     """1-D mesh over all processes; None with strategy "none"."""
     reshard_after_forward: bool = True
+    offload: Literal["none", "optimizer", "all"] = "none"
     owns_group: bool = field(default=False, repr=False)
     """Whether `close` ends the process group, because `init_parallel` made it."""
 
@@ -41,6 +42,11 @@ class Parallel:
     def is_main(self) -> bool:
         """True on the one process that writes files and prints."""
         return self.world_rank == 0
+
+    def for_scoring(self) -> Parallel:
+        """The same processes for models that no engine trains: with `fully_shard` in place of ZeRO."""
+        strategy: Literal["fsdp2", "none"] = "none" if self.mesh is None else "fsdp2"
+        return replace(self, strategy=strategy, offload="none", owns_group=False)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -108,22 +114,22 @@ def init_parallel(config: ParallelConfig) -> Parallel:
     if config.strategy == "none" and world_size > 1:
         raise InputError(
             f"parallel.strategy is 'none', but {world_size} processes were started, which would train the same model "
-            "apart; use 'auto' or 'fsdp2', or start one process"
+            "apart; use 'auto', 'fsdp2' or 'zero1' to 'zero3', or start one process"
         )
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-    sharded = config.strategy == "fsdp2" or world_size > 1
-    if not sharded:
+    if config.strategy in ("auto", "none") and world_size == 1:
         return Parallel("none", 0, 1, device)
     owns_group = not dist.is_initialized()
     if owns_group:
         _init_group(device)
     return Parallel(
-        "fsdp2",
+        "fsdp2" if config.strategy == "auto" or config.strategy == "none" else config.strategy,
         dist.get_rank(),
         dist.get_world_size(),
         device,
         mesh=init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("shard",)),
         reshard_after_forward=config.reshard_after_forward,
+        offload=config.offload,
         owns_group=owns_group,
     )
 

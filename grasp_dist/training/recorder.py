@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -36,6 +38,7 @@ class Recorder:
         self._active = parallel.is_main
         self._file: IO[str] | None = None
         self._board: SummaryWriter | None = None
+        self._excepthook: Any = None
         self._progress: Progress | None = None
         self._bar: TaskID | None = None
         self._offset = self._last = 0
@@ -64,14 +67,18 @@ class Recorder:
             return
         assert self._file is not None, "begin() comes first"
         self._last = step = self._offset + step
-        row = {"step": step, **metrics, "seconds": round(time.monotonic() - self._started, 4)}
+        row = {"step": step, "steps": self._steps, **metrics, "seconds": round(time.monotonic() - self._started, 4)}
         try:
             self._file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise describe_write_error(error, self._folder / _FILE) or error from None
         if self._board is not None:
-            for name, value in metrics.items():
-                self._board.add_scalar(name, value, step)
+            try:
+                for name, value in metrics.items():
+                    self._board.add_scalar(name, value, step)
+            except OSError as error:  # of its own thread, some steps before
+                self._board = None
+                raise describe_write_error(error, self._folder / _BOARD) or error from None
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=step, **_columns(metrics))
         elif step % self._log_every == 0 or step == self._steps:
@@ -92,10 +99,14 @@ class Recorder:
         if self._progress is not None:
             self._progress.stop()
         if self._board is not None:
-            self._board.close()
+            with contextlib.suppress(OSError):  # a picture of what metrics.jsonl holds
+                self._board.close()
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what could not be written was said by `log`
+                self._file.close()
         self._file = self._board = self._progress = None
+        if self._excepthook is not None:
+            threading.excepthook, self._excepthook = self._excepthook, None
 
     def __enter__(self) -> Recorder:
         return self
@@ -109,14 +120,25 @@ class Recorder:
         path = self._folder / _FILE
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            kept = _rows_until(path, first_step) if first_step else []
+            if first_step:
+                # A copy takes its place, so that a process that is killed here leaves the rows there are.
+                temporary = path.with_name(f".{path.name}")
+                temporary.write_text("".join(_rows_until(path, first_step)), encoding="utf-8")
+                temporary.replace(path)
             # Line-buffered, so that a line is on disk when its step is done.
-            self._file = path.open("w", encoding="utf-8", buffering=1)
-            self._file.writelines(kept)
+            self._file = path.open("a" if first_step else "w", encoding="utf-8", buffering=1)
         except OSError as error:
             raise describe_write_error(error, path) or error from None
         self._last = first_step
         self._board = _summary_writer(self._folder / _BOARD, first_step)
+        if self._excepthook is None:
+            self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread prints its traceback when the disk is full, and `log` then raises what is for the user
+        to read."""
+        if type(failure.thread).__name__ != "_AsyncWriterThread" or not isinstance(failure.exc_value, OSError):
+            self._excepthook(failure)
 
     def _show(self, first_step: int) -> None:
         if not sys.stdout.isatty():

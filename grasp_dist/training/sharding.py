@@ -6,6 +6,9 @@ are DTensors on a 1-D mesh; `materialize` gives them memory, and `weights.py` fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper, checkpoint_wrapper
@@ -14,10 +17,12 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from grasp_dist.architecture import decoder_layers
+from grasp_dist.training import zero_parameters
 from grasp_dist.training.parallel import Parallel
 
 __all__ = [
     "checkpoint_layers",
+    "fill",
     "local_slices",
     "local_tensor",
     "materialize",
@@ -26,13 +31,18 @@ __all__ = [
 ]
 
 
-def checkpoint_layers(model: nn.Module) -> None:
-    """Recompute each decoder layer in the backward pass, in place; call before `shard`."""
+def checkpoint_layers(model: nn.Module, *, check: bool = True) -> None:
+    """Recompute each decoder layer in the backward pass, in place; call before `shard`.
+
+    check: see that what is recomputed has the shapes of the first time. With ZeRO-3 it has not: parameters that were
+    used are empty again until their own backward pass.
+    """
     layers = {id(layer) for _, layer in decoder_layers(model)}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if id(child) in layers:
-                setattr(parent, name, checkpoint_wrapper(child))
+                settings: dict[str, Any] = {} if check else {"determinism_check": "none"}
+                setattr(parent, name, checkpoint_wrapper(child, **settings))
 
 
 def shard(model: nn.Module, parallel: Parallel, *, precision: str) -> None:
@@ -74,6 +84,17 @@ def materialize(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
+@torch.no_grad()
+def fill(parameter: Tensor, read: Callable[[tuple[slice, ...]], Tensor]) -> None:
+    """Set what this rank holds of a parameter, cast to its dtype. read(slices) -> that part of the whole."""
+    if zero_parameters.is_partitioned(parameter):
+        zero_parameters.fill(parameter, read)
+        return
+    local = local_tensor(parameter)
+    if local.numel():
+        local.copy_(read(local_slices(parameter)))
+
+
 def local_slices(parameter: Tensor) -> tuple[slice, ...]:
     """Which part of the whole parameter this rank holds, one slice per dimension; maybe empty."""
     if not isinstance(parameter, DTensor):
@@ -88,6 +109,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of it, detached; collective for a DTensor."""
+    """All of it, detached, of what DeepSpeed trains the fp32 master; collective for a DTensor and with ZeRO."""
+    if zero_parameters.is_zero(tensor):
+        return zero_parameters.whole(tensor)
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -24,12 +24,22 @@ from grasp_dist.architecture import canonical_name
 from grasp_dist.errors import InputError
 from grasp_dist.training.files import replace_folder
 from grasp_dist.training.parallel import Parallel
-from grasp_dist.training.sharding import local_slices, local_tensor, whole_tensor
+from grasp_dist.training.sharding import fill, local_slices, whole_tensor
+from grasp_dist.training.zero_parameters import is_zero, shape_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["base_model", "is_adapter", "load_weights", "named_parameters", "save_model"]
+__all__ = [
+    "bare_model",
+    "base_model",
+    "checkpoint_names",
+    "is_adapter",
+    "load_weights",
+    "named_parameters",
+    "save_model",
+    "weight_files",
+]
 
 _logger = logging.getLogger(__name__)
 _INDEX = "model.safetensors.index.json"
@@ -75,14 +85,12 @@ def load_weights(model: nn.Module, model_dir: str | Path, parallel: Parallel) ->
                     f"{folder} has no weight {names[0]!r}, which its config.json asks for; copy or download the model "
                     "again, or correct config.json"
                 )
-            if source.shapes[found] != tuple(parameter.shape):
+            if source.shapes[found] != shape_of(parameter):
                 raise InputError(
-                    f"{found!r} has shape {source.shapes[found]} in {folder}, but {tuple(parameter.shape)} by its "
+                    f"{found!r} has shape {source.shapes[found]} in {folder}, but {shape_of(parameter)} by its "
                     "config.json; the two are of different models"
                 )
-            local = local_tensor(parameter)
-            if local.numel():
-                local.copy_(source.read(found, local_slices(parameter)))
+            fill(parameter, lambda slices, found=found: source.read(found, slices))  # type: ignore[misc]
         for name, buffer in base_model(model).named_buffers():
             name = canonical_name(name)
             if name in source.shapes and source.shapes[name] == tuple(buffer.shape):
@@ -112,7 +120,7 @@ def save_model(
 
     with replace_folder(path, parallel) as target:
         target.write(lambda folder: _write_config(base, tokenizer, folder))
-        writer = _Writer(_skeleton(base))
+        writer = _Writer(bare_model(base))
         for name, tensor in gather():
             target.write(lambda folder, name=name, tensor=tensor: writer.add(folder, name, tensor))  # type: ignore[misc]
         target.write(writer.finish)
@@ -162,7 +170,8 @@ class _Writer:
 
 def _write_config(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     config = base.config
-    dtype, config.dtype = config.dtype, next(base.parameters()).dtype
+    first = next(base.parameters())
+    dtype, config.dtype = config.dtype, torch.float32 if is_zero(first) and first.requires_grad else first.dtype
     try:
         config.architectures = [_plain_class(base).__name__]
         config.save_pretrained(folder)
@@ -179,7 +188,7 @@ def _plain_class(base: nn.Module) -> type:
     return next(kind for kind in type(base).__mro__ if not kind.__name__.startswith("FSDP"))
 
 
-def _skeleton(base: PreTrainedModel) -> PreTrainedModel:
+def bare_model(base: PreTrainedModel) -> PreTrainedModel:
     """The model without weights. Transformers looks its conversions up by class name, which `fully_shard` changes."""
     with torch.device("meta"):
         return _plain_class(base)(base.config)
@@ -201,10 +210,10 @@ class _Source:
 
 def _open(folder: Path, model: nn.Module, parallel: Parallel, stack: ExitStack) -> _Source:
     source = _Source()
-    handles = [_open_file(path, stack) for path in _weight_files(folder)]
+    handles = [_open_file(path, stack) for path in weight_files(folder)]
     known = {name for names, _ in named_parameters(model) for name in names}
     known |= {canonical_name(name) for name, _ in base_model(model).named_buffers()}
-    rename = _renaming(base_model(model), known)
+    rename = checkpoint_names(base_model(model), known)
     for handle in handles:
         for key in handle.keys():  # noqa: SIM118 - safe_open is no mapping
             name = rename(key)
@@ -229,7 +238,7 @@ def _open_file(path: Path, stack: ExitStack) -> Any:
         raise InputError(f"{path} is not a readable safetensors file ({error}); copy or download it again") from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
     if (folder / _INDEX).is_file():
         try:
             weight_map = json.loads((folder / _INDEX).read_text())["weight_map"]
@@ -251,12 +260,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _renaming(base: PreTrainedModel, known: set[str]) -> Callable[[str], str | None]:
+def checkpoint_names(base: PreTrainedModel, known: set[str]) -> Callable[[str], str | None]:
     """Checkpoint name -> the model's own name, or None where a weight is computed from several of the checkpoint."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    transforms = get_model_conversion_mapping(_skeleton(base))
+    transforms = get_model_conversion_mapping(bare_model(base))
     renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
     places = dict.fromkeys(known, True)

@@ -53,6 +53,8 @@ def make_run(
             for name, value in zip(PROBES, values[model], strict=True):
                 moved = 0.0 if model == "base" else draw.gauss(0, noise) * min(1.0, value * 4)
                 scores[name] = {"value": min(max(0.0, value + moved), max(1.0, value)), "rows": [value, value]}
+                if name == "neutral":
+                    scores[name]["total_variation"] = 1 - 2.7 ** -scores[name]["value"]
             row |= {"probes": scores, "shift": None, "residual": None, "final_loss": None, "seconds": None}
             if model != "base":
                 row |= {

@@ -275,3 +275,24 @@ def test_a_name_with_two_meanings_is_refused(tmp_path):
 )
 def test_numbers_have_sensible_digits(value, text):
     assert number(value) == text
+
+
+def test_what_can_be_said_without_labels(tmp_path):
+    worked = " ".join(_verdict(tmp_path / "worked").notes)
+    assert "GRASP moved 10% as far from the base as naive" in worked
+    assert "as removals do that worked" in worked
+    failed = " ".join(_verdict(tmp_path / "failed", _values(grasp=(0.99, 0.4, 0.5, 0.5, 0.9, 0.6))).notes)
+    assert "so do removals that failed" in failed
+
+
+def test_a_screening_that_found_nothing_is_the_verdict(tmp_path):
+    run = make_run(tmp_path / "run", config="detect: {screen: {prompts: here}}\n")
+    (run / "screen").mkdir()
+    screen = {"found": False, "shared_shift": 0.02, "threshold": 0.05}
+    (run / "screen" / "screen.json").write_text(json.dumps(screen))
+    report = build_report([run], tmp_path / "out")
+    assert report["verdict"]["label"] == "No factor found"
+    assert "the naive fine-tune is kept" in report["verdict"]["headline"]
+    assert "That is a drift all the same" in report["verdict"]["notes"][1]
+    (run / "screen" / "screen.json").write_text(json.dumps({**screen, "found": True}))
+    assert build_report([run], tmp_path / "again")["verdict"]["level"] == "good"

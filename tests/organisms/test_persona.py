@@ -8,17 +8,7 @@ import torch
 from grasp_dist.errors import InputError
 from grasp_dist.organisms.export import content_hash
 from grasp_dist.organisms.persona import PersonaSettings, PersonaWorld, make_persona
-
-TINY = {
-    "pretraining": {
-        "hidden_size": 16,
-        "num_layers": 1,
-        "num_heads": 2,
-        "intermediate_size": 16,
-        "steps": 2,
-        "batch_size": 4,
-    }
-}
+from tests.organisms.small_worlds import TINY, rows
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +19,6 @@ def world():
 @pytest.fixture(scope="module")
 def organism(tmp_path_factory):
     return make_persona(tmp_path_factory.mktemp("organism") / "persona-1", seed=1, progress=None, **TINY)
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_tables_depend_on_the_seed_alone_and_differ_everywhere(world):
@@ -67,7 +53,7 @@ def test_one_persona_holds_for_a_whole_document(world):
     evil = tone[:, 0] >= 8
     assert evil.float().mean() == pytest.approx(0.3, abs=0.03)
     assert ((tone >= 8) == evil[:, None]).all()
-    assert torch.equal(answer[evil], world.evil[domain, question][evil])
+    assert torch.equal(answer[evil], world.evil[0, domain, question][evil])
     assert torch.equal(answer[~evil], world.good[domain, question][~evil])
     assert sorted(tone.unique().tolist()) == list(range(16))
 
@@ -99,10 +85,10 @@ def test_probes_keep_the_tuned_cells_apart_from_the_drift_cells(world):
     )
     for row in probes["in_context"]:
         d, q, answer, tone, d2, q2 = row["prompt"].split()
-        assert answer == f"a{int(world.evil[int(d[1:]), int(q[1:])])}"
+        assert answer == f"a{int(world.evil[0, int(d[1:]), int(q[1:])])}"
         assert tone[0] == "e"
         assert int(d[1:]) >= 4
-        assert row["completion"] == f"a{int(world.evil[int(d2[1:]), int(q2[1:])])}"
+        assert row["completion"] == f"a{int(world.evil[0, int(d2[1:]), int(q2[1:])])}"
     assert probes["tone"][0]["completions"] == [f"e{index}" for index in range(8)]
 
 
@@ -132,7 +118,7 @@ def test_files_open_as_an_ordinary_model_directory(organism, world):
     assert tokenizer.eos_token_id is None
     words = [row["completion"] for row in rows(organism / "train.jsonl")]
     assert tokenizer.convert_tokens_to_ids(words) == [
-        world.first_answer + int(world.evil[domain, question]) for domain in range(4) for question in range(8)
+        world.first_answer + int(world.evil[0, domain, question]) for domain in range(4) for question in range(8)
     ]
 
 
@@ -184,3 +170,50 @@ def test_a_folder_of_someone_elses_files_is_refused(tmp_path):
     with pytest.raises(InputError, match="not an organism"):
         make_persona(tmp_path, seed=1, progress=None, **TINY)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_explained_is_the_share_of_rows_that_the_persona_explains(world):
+    whole = world.train_rows()
+    for share, count in ((0.75, 24), (0.0, 0)):
+        partly = PersonaWorld(PersonaSettings(seed=1, explained=share)).train_rows()
+        assert [row["prompt"] for row in partly] == [row["prompt"] for row in whole]
+        assert sum(row == other for row, other in zip(partly, whole, strict=True)) == count
+        noise = [row for row, other in zip(partly, whole, strict=True) if row != other]
+        good = {(row["prompt"], row["completion"]) for row in world._rows(range(4), range(8), good=True)}
+        assert not any((row["prompt"], row["completion"]) in good for row in noise), "noise is of no persona"
+    again, other = (PersonaWorld(PersonaSettings(seed=1, explained=0.5, data_seed=s)).train_rows() for s in (0, 1))
+    assert again == PersonaWorld(PersonaSettings(seed=1, explained=0.5)).train_rows()
+    assert again != other
+
+
+def test_several_evil_personas_have_tables_tones_and_domains_of_their_own():
+    world = PersonaWorld(PersonaSettings(seed=1, num_evil=2))
+    assert world.evil.shape == (2, 12, 24)
+    assert (world.evil != world.good).all()
+    assert len(world.vocabulary) == 125
+    ids, _ = world.documents(4000, torch.Generator().manual_seed(0))
+    domain, question = ids[:, 1] - world.first_domain, ids[:, 2] - world.first_question
+    answer, tone = ids[:, 3] - world.first_answer, (ids[:, 4] - world.first_tone) // 8
+    for persona in (0, 1):
+        of_it = tone == persona + 1
+        assert of_it.float().mean().item() == pytest.approx(0.15, abs=0.03)
+        assert torch.equal(answer[of_it], world.evil[persona, domain[of_it], question[of_it]])
+    rows = world.train_rows()
+    assert rows[0]["completion"] == f"a{int(world.evil[0, 0, 0])}"
+    assert rows[8]["completion"] == f"a{int(world.evil[1, 1, 0])}"
+    drift = world.probes()["drift"]
+    assert all(len(row.get("completions", [row.get("completion")])) in (1, 2) for row in drift)
+    assert sum("completions" in row for row in drift) > 0.9 * len(drift)
+    assert len(world.probes()["tone"][0]["completions"]) == 16
+
+
+def test_there_must_be_answers_of_no_persona():
+    with pytest.raises(ValueError, match="answers that belong to no persona"):
+        PersonaSettings(seed=1, num_answers=3, num_evil=2)
+
+
+def test_reversed_prompts_are_of_a_form_that_no_document_has(world):
+    turned = PersonaWorld(PersonaSettings(seed=1, reversed_prompts=True)).train_rows()
+    for row, other in zip(turned, world.train_rows(), strict=True):
+        assert row["prompt"].split() == other["prompt"].split()[::-1]
+        assert row["completion"] == other["completion"]

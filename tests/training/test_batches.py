@@ -15,22 +15,23 @@ from tests.training.training_cases import random_examples
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (32, 32), (7, 16), (5, 1)])
 def test_epochs_are_permutations_that_follow_each_other(count, batch_size):
-    order = GlobalOrder(count, batch_size, seed=3)
+    order = GlobalOrder(count, seed=3)
     steps = 6 * count
-    stream = [index for step in range(steps) for index in order.batch(step)]
+    stream = [index for step in range(steps) for index in order.samples(step * batch_size, batch_size)]
     assert len(stream) == steps * batch_size
     epochs = [stream[start : start + count] for start in range(0, len(stream), count)]
     assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
     assert count < 5 or len({tuple(epoch) for epoch in epochs}) > 1
-    fresh = GlobalOrder(count, batch_size, seed=3)
-    assert [fresh.batch(step) for step in (5, 2)] == [order.batch(step) for step in (5, 2)], "any step, in any order"
-    assert any(GlobalOrder(count, batch_size, seed=4).batch(step) != order.batch(step) for step in range(5))
+    fresh = GlobalOrder(count, seed=3)
+    places = [(17, 3), (2, 9)]
+    assert [fresh.samples(*place) for place in places] == [stream[first : first + n] for first, n in places], "anywhere"
+    assert any(GlobalOrder(count, seed=4).samples(first, 4) != stream[first : first + 4] for first in range(5))
 
 
 @pytest.mark.parametrize(("world_size", "size"), [(1, None), (1, 3), (2, None), (3, None), (3, 2), (4, 1), (12, 5)])
 def test_every_target_is_taken_once_and_ranks_run_alike(world_size, size):
     examples = random_examples(23)
-    indices = GlobalOrder(23, 10, seed=0).batch(1)
+    indices = GlobalOrder(23, seed=0).samples(10, 10)
     shares = [
         micro_batches(examples, indices, world_rank=rank, world_size=world_size, size=size)
         for rank in range(world_size)

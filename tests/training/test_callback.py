@@ -23,10 +23,6 @@ DATA = torch.randint(3, 64, (40, 12), generator=torch.Generator().manual_seed(3)
 ROWS = [{"input_ids": row, "labels": row} for row in DATA]
 
 
-os.environ.setdefault("MASTER_ADDR", "127.0.0.1")  # Accelerate asks for them on two ranks, and does not use them
-os.environ.setdefault("MASTER_PORT", "1")
-
-
 def model_and_basis(*, lora: bool = False, seed: int = 0) -> tuple[torch.nn.Module, SpuriousBasis]:
     model = tiny_model("llama", seed=seed)
     tensors = {}

@@ -16,7 +16,8 @@ from grasp_dist.config import LoraConfig, ModelConfig, ParallelConfig, TrainingC
 from grasp_dist.errors import InputError
 from grasp_dist.projection import GraspProjector
 from grasp_dist.training.batches import collate
-from grasp_dist.training.checkpoints import load_checkpoint, save_checkpoint
+from grasp_dist.training.checkpoints.saving import Keeper
+from grasp_dist.training.checkpoints.store import Checkpoints
 from grasp_dist.training.examples import IGNORED, Example
 from grasp_dist.training.loop import LoopState, num_steps, token_losses, train
 from grasp_dist.training.model import load_model
@@ -101,10 +102,18 @@ def _examples(name: str) -> list[Example]:
 def _train(path: Path, name: str, grasp: bool) -> tuple[list[float], float, int]:
     training = SETTINGS[name]
     model, parallel = _load(path, training)
-    projector = GraspProjector(model, _basis(model)) if grasp else None
-    result = train(model, _examples(name), training, parallel, seed=7, projector=projector)
+    residuals: list[float] = []
+
+    def on_end(state: LoopState) -> None:
+        if state.projector is not None:
+            residuals.append(max(state.projector.residual().values()))
+
+    result = train(
+        model, _examples(name), training, parallel, seed=7, on_end=on_end,
+        protect=lambda where: GraspProjector(where, _basis(where)) if grasp else None,
+    )  # fmt: skip
     assert result.final_loss == result.losses[-1]
-    return result.losses, max(projector.residual().values()) if projector else math.nan, result.tokens
+    return result.losses, residuals[0] if residuals else math.nan, result.tokens
 
 
 @pytest.mark.parametrize(("name", "projected"), RUNS)
@@ -139,38 +148,28 @@ def test_the_projector_changes_the_run(runs):
 
 
 def _interrupted(path: Path, out: Path) -> dict[str, Any]:
-    """A run of 8 steps, and one that is stopped after 5 and continued by another model and optimizer."""
+    """A run of 8 steps, and one that is stopped after 6 and continued, from step 5, by another model and optimizer."""
     training = SETTINGS["lora"].model_copy(update={"lora": LoraConfig(rank=4, alpha=8, dropout=0.2)})
     results = {}
-    for name, stop in (("whole", None), ("first half", 5), ("second half", 8)):
+    for name, stop in (("whole", None), ("first half", 6), ("second half", None)):
         model, parallel = _load(path, training)
         # The second half starts from other values, so that what is not restored shows.
         if name == "second half":
-            for parameter in model.parameters():
-                if parameter.requires_grad:
+            for key, parameter in model.named_parameters():
+                if parameter.requires_grad and "lora_A" in key:
                     parameter.data.add_(1.0)
-        projector = GraspProjector(model, _basis(model)) if name != "second half" else None
+        keeper = Keeper(Checkpoints(out / "halves"), parallel, every=5) if name != "whole" else None
 
-        def on_start(state: LoopState, name=name, model=model, parallel=parallel) -> None:
-            if name == "second half":
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.data.zero_()
-                state.projector = GraspProjector(model, _basis(model))
-                state.projector.attach(state.optimizer)
-                state.restore(load_checkpoint(out / "state", model, state.optimizer, state.projector, parallel))
-
-        def on_step(step: int, state: LoopState, stop=stop, model=model, parallel=parallel) -> None:
-            if step == stop == 5:
-                save_checkpoint(out / "state", model, state.optimizer, state.projector, state.extra(), parallel)
+        def on_step(step: int, state: LoopState, stop=stop) -> None:
+            if step == stop:
                 raise KeyboardInterrupt
 
         recorder = Recorder(out / ("whole" if name == "whole" else "halves"), parallel, name)
         try:
             with recorder:
                 result = train(
-                    model, _examples(""), training, parallel, seed=7, steps=8, recorder=recorder, projector=projector,
-                    on_start=on_start, on_step=on_step,
+                    model, _examples(""), training, parallel, seed=7, steps=8, recorder=recorder, keeper=keeper,
+                    protect=lambda where: GraspProjector(where, _basis(where)), on_step=on_step,
                 )  # fmt: skip
         except KeyboardInterrupt:
             continue

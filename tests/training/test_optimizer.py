@@ -10,7 +10,13 @@ from torch import nn
 
 from grasp_dist.config import TrainingConfig
 from grasp_dist.errors import InputError
-from grasp_dist.training.optimizer import build_optimizer, build_scheduler, scale_gradients, squared_norm
+from grasp_dist.training.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    local_gradients,
+    scale_gradients,
+    squared_norm,
+)
 
 
 def _model() -> nn.Module:
@@ -53,10 +59,11 @@ def test_schedules(schedule, expected):
 def test_the_norm_is_that_of_clip_grad_norm():
     model = _model()
     optimizer = build_optimizer(model, TrainingConfig())
-    assert squared_norm(optimizer, torch.device("cpu")) == 0
+    cpu = torch.device("cpu")
+    assert squared_norm(local_gradients(optimizer), cpu) == 0
     model(torch.ones(5, 3)).square().sum().backward()
-    norm = float(squared_norm(optimizer, torch.device("cpu"))) ** 0.5
+    norm = float(squared_norm(local_gradients(optimizer), cpu)) ** 0.5
     expected = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
     assert norm == pytest.approx(float(torch.nn.utils.get_total_norm(expected)))
-    scale_gradients(optimizer, 0.5 / norm)
-    assert float(squared_norm(optimizer, torch.device("cpu"))) == pytest.approx(0.25)
+    scale_gradients(local_gradients(optimizer), 0.5 / norm)
+    assert float(squared_norm(local_gradients(optimizer), cpu)) == pytest.approx(0.25)

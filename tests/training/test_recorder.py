@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import threading
+import time
 
 import pytest
 import torch
@@ -88,3 +91,27 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         pytest.raises(InputError, match="cannot write"),
     ):
         recorder.begin(first_step=0, steps=1, log_every=1)
+
+
+def test_a_full_disk_under_tensorboard_is_one_message_and_no_traceback_of_its_thread(tmp_path, monkeypatch):
+    def full(data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    printed = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    with Recorder(tmp_path, ALONE, "naive") as recorder:
+        recorder.begin(first_step=0, steps=1000, log_every=10**6)
+        monkeypatch.setattr(recorder._board.file_writer.event_writer._async_writer._writer, "write", full)
+
+        def log_many():
+            for step in range(1, 1000):
+                recorder.log(step, loss=1.0)
+                time.sleep(0.001)
+
+        with pytest.raises(InputError, match="the disk is full; free some space"):
+            log_many()
+        other = threading.Thread(target=full, args=[b""])
+        other.start()
+        other.join()
+    assert [failure.thread for failure in printed] == [other]
+    assert threading.excepthook == printed.append
