@@ -46,7 +46,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all that can be c
 
 
 def _stages(ctx: typer.Context, config: Path, stages: tuple[str, ...], nproc: int, dry_run: bool) -> None:
-    from grasp_dist.config import load_config
+    from grasp_dist.config_files import load_config
     from grasp_dist.stages import run_stages
 
     settings = load_config(config, ctx.obj)
@@ -207,7 +207,7 @@ def preview_data(
     rows: Annotated[int, typer.Option(min=1, help="Examples to show.")] = 3,
 ) -> None:
     """Show the tokens of the first training examples and which of them are trained on."""
-    from grasp_dist.config import load_config
+    from grasp_dist.config_files import load_config
     from grasp_dist.training.data import preview
     from grasp_dist.training.model import load_tokenizer
 
@@ -279,7 +279,7 @@ app.add_typer(organism, name="organism", rich_help_panel=_LOOKING)
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: what a user can mend is one message on standard error and exit code 2, never a traceback."""
-    from grasp_dist.config import split_overrides
+    from grasp_dist.config_files import split_overrides
     from grasp_dist.console import quiet_libraries
 
     quiet_libraries()

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from grasp_dist.config import ModelConfig, load_config
+from grasp_dist.config import ModelConfig
+from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
 from grasp_dist.export_parts import Trained, adapter_parts, kept_parts, model_parts
 from grasp_dist.fingerprints import model_fingerprint

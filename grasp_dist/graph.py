@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from grasp_dist.config import DataConfig, RunConfig, TrainingConfig, save_config
+from grasp_dist.config import DataConfig, RunConfig, TrainingConfig
+from grasp_dist.config_files import save_config
 from grasp_dist.errors import InputError
 from grasp_dist.manifest import Unit, digest, file_hash, quick_hash
 

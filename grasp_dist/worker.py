@@ -9,7 +9,8 @@ import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
-from grasp_dist.config import RunConfig, load_config
+from grasp_dist.config import RunConfig
+from grasp_dist.config_files import load_config
 from grasp_dist.console import quiet_libraries
 from grasp_dist.errors import PREEMPTED, InputError, Preempted
 from grasp_dist.graph import STAGES

@@ -37,7 +37,7 @@ def doctor_command(
     """
     from rich.console import Console
 
-    from grasp_dist.config import load_config
+    from grasp_dist.config_files import load_config
     from grasp_dist.launch.doctor import doctor, show, summary
 
     settings = dict(ctx.obj or {})

@@ -27,7 +27,7 @@ def launch(
 ) -> None:
     """Run all stages on a cluster, as jobs that wait for each other. Finished ones are kept; the same command goes on
     after a failure."""
-    from grasp_dist.config import load_config
+    from grasp_dist.config_files import load_config
     from grasp_dist.launch.submit import launch as start
 
     tree = dict(ctx.obj or {})

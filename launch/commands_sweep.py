@@ -55,7 +55,7 @@ def sweep(
 
     For example: grasp-dist sweep recipes/organism.yaml --tune.rank 1,2,4,8,16 --tune.side write,both --tune.seed 0,1,2
     """
-    from grasp_dist.config import load_config
+    from grasp_dist.config_files import load_config
 
     tree = dict(ctx.obj or {})
     of_cluster = tree.pop("cluster", None)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from grasp_dist.config import load_config, started_in
+from grasp_dist.config_files import load_config, started_in
 from grasp_dist.errors import InputError
 from grasp_dist.graph import RunGraph, Task
 from grasp_dist.launch import slurm

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from grasp_dist.config import RunConfig, save_config
+from grasp_dist.config import RunConfig
+from grasp_dist.config_files import save_config
 from grasp_dist.errors import InputError
 from grasp_dist.graph import STAGES, RunGraph
 from grasp_dist.launch import preview, slurm

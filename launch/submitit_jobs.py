@@ -48,7 +48,7 @@ class StageTask:
         from grasp_dist.training.preemption import hold_signals
 
         hold_signals()
-        from grasp_dist.config import load_config
+        from grasp_dist.config_files import load_config
         from grasp_dist.console import quiet_libraries
         from grasp_dist.stages import work
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from grasp_dist.config import load_config
+from grasp_dist.config_files import load_config
 from grasp_dist.console import quiet_libraries
 from grasp_dist.errors import InputError
 from grasp_dist.graph import STAGES

@@ -22,7 +22,7 @@ ARMS = {
 
 def run_all(configs: list[str]) -> None:
     """On every rank: all stages of all configurations."""
-    from grasp_dist.config import load_config
+    from grasp_dist.config_files import load_config
     from grasp_dist.stages import work
 
     for path in configs:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from grasp_dist.config import RunConfig, load_config, save_config, split_overrides
+from grasp_dist.config import RunConfig
+from grasp_dist.config_files import load_config, save_config, split_overrides
 from grasp_dist.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -20,7 +20,8 @@ from typing import Any
 
 import psutil
 
-from grasp_dist.config import RunConfig, load_config
+from grasp_dist.config import RunConfig
+from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
 from grasp_dist.launch.cluster import Cluster
 from grasp_dist.run_lock import holder_of

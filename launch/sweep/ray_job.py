@@ -13,7 +13,8 @@ from pathlib import Path
 
 import yaml
 
-from grasp_dist.config import RunConfig, save_config
+from grasp_dist.config import RunConfig
+from grasp_dist.config_files import save_config
 from grasp_dist.launch import slurm
 from grasp_dist.launch.cluster import Cluster, Resources, seconds_of
 from grasp_dist.launch.jobs import Job

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from grasp_dist.config import RunConfig, load_config
+from grasp_dist.config import RunConfig
+from grasp_dist.config_files import load_config
 from tests.launch.launching import write_launch_config
 from tests.launch.ray_cases import Ray
 from tests.slurm_cluster import SlurmCluster, missing

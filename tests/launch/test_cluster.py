@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from grasp_dist.config import TrainingConfig, split_overrides
+from grasp_dist.config import TrainingConfig
+from grasp_dist.config_files import split_overrides
 from grasp_dist.errors import InputError
 from grasp_dist.launch import values
 from grasp_dist.launch.cluster import Cluster, Container, Resources, cluster_names, load_cluster, seconds_of

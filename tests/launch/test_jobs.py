@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from grasp_dist.config import load_config
+from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
 from grasp_dist.graph import RunGraph
 from grasp_dist.launch.cluster import Cluster

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from grasp_dist.config import load_config
+from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
 from grasp_dist.launch.submit import launch
 from grasp_dist.training.checkpoints.store import Checkpoints

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grasp_dist.config import load_config
+from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
 from grasp_dist.graph import RunGraph
 from grasp_dist.launch import preconditions, slurm
@@ -320,7 +320,7 @@ def test_a_local_cluster_runs_the_stages_here(write_config, tmp_path, capfd):
 def test_the_command_hands_over_the_clusters_settings(write_config, monkeypatch):
     import typer
 
-    from grasp_dist.config import split_overrides
+    from grasp_dist.config_files import split_overrides
 
     given = {}
     monkeypatch.setattr(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from grasp_dist.config import load_config
+from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError, Preempted
 from grasp_dist.launch.submit import launch
 from grasp_dist.launch.submitit_jobs import StageTask

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from grasp_dist.config import RunConfig, load_config, save_config, split_overrides
+from grasp_dist.config import RunConfig
+from grasp_dist.config_files import load_config, save_config, split_overrides
 from grasp_dist.errors import InputError
 from grasp_dist.launch.sweep.grid import arms_of, expand, restrict, shared_tasks, trials_of
 from tests.tiny_runs import tiny_config

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from grasp_dist.config import load_config
+from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
 from grasp_dist.graph import RunGraph
 from grasp_dist.launch.cluster import Cluster

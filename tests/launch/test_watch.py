@@ -9,7 +9,7 @@ from shutil import which
 
 import pytest
 
-from grasp_dist.config import load_config
+from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
 from grasp_dist.graph import RunGraph
 from grasp_dist.launch import slurm as commands

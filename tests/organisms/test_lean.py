@@ -8,7 +8,7 @@ import torch
 from typer.testing import CliRunner
 
 from grasp_dist.cli import app
-from grasp_dist.config import load_config
+from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
 from grasp_dist.organisms.export import content_hash
 from grasp_dist.organisms.lean import LeanSettings, LeanWorld, make_lean

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from grasp_dist.config import load_config
+from grasp_dist.config_files import load_config
 from grasp_dist.organisms.persona import make_persona
 
 RECIPES = Path(__file__).parents[2] / "recipes"
