@@ -19,7 +19,8 @@ from grasp_dist.basis import SpuriousBasis
 from grasp_dist.projection.fragments import Block, Fragment
 from grasp_dist.projection.layout import Entry
 from grasp_dist.projection.plan import Plan, build_plan
-from grasp_dist.projection.runtime import Runtime, Scratch
+from grasp_dist.projection.runtime import Runtime
+from grasp_dist.projection.work import Scratch
 
 __all__ = ["CHUNK", "BackwardOverlap"]
 

@@ -13,8 +13,7 @@ rounded once; nothing of a weight's size is allocated.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,19 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from grasp_dist.projection.batches import Batch
 from grasp_dist.projection.fragments import Interval, Span
-from grasp_dist.projection.layout import Entry, Overlap, Part, View
 from grasp_dist.projection.plan import Plan
+from grasp_dist.projection.work import BatchWork, EntryWork, Scratch, Source
 
-__all__ = ["SCRATCH_NUMEL", "Runtime", "Scratch"]
+__all__ = ["Runtime"]
 
-SCRATCH_NUMEL = 1 << 22
-"""Most numbers in the scratch buffer for half-precision tensors (16 MB in fp32); a longer row makes it longer."""
-
-Source = Tensor | None
-"""A fragment's local storage; None stands for zeros that are left alone (this rank has no gradient), and the rank still
-takes part in the sums."""
+Work = EntryWork | BatchWork
 
 
 class Runtime:
@@ -46,9 +39,9 @@ class Runtime:
         self._devices = {bucket.device.type for bucket in plan.buckets}
         self.scratch = scratch or Scratch(plan.dtype)
         batched = {index for batch in plan.batches for index in batch.members}
-        workers: list[_Entry | _Batch] = [_Batch(batch, self.flats, plan, self.scratch) for batch in plan.batches]
+        workers: list[Work] = [BatchWork(batch, self.flats, plan, self.scratch) for batch in plan.batches]
         workers += [
-            _Entry(index, entry, self.flats, plan, self.scratch)
+            EntryWork(index, entry, self.flats, plan, self.scratch)
             for index, entry in enumerate(plan.entries)
             if index not in batched
         ]
@@ -109,7 +102,7 @@ class Runtime:
 class _Pass:
     """The work of one unit, or of all: which workers, in which order, and which numbers of the flats."""
 
-    def __init__(self, plan: Plan, workers: Sequence[_Entry | _Batch], flats: list[Tensor], unit: int | None) -> None:
+    def __init__(self, plan: Plan, workers: Sequence[Work], flats: list[Tensor], unit: int | None) -> None:
         self._flats = flats
         self._groups = [bucket.group for bucket in plan.buckets]
         self._flags = {number: bucket.flag for number, bucket in enumerate(plan.buckets) if bucket.flag is not None}
@@ -119,8 +112,8 @@ class _Pass:
             self._spans.append(sketches if unit is None else bucket.units.get(unit, (0, 0)))
         self._workers = [worker for worker in workers if unit is None or worker.unit == unit]
         # Bucket by bucket: first what completes its sums, so that they can leave.
-        self._order: list[tuple[int, list[_Entry | _Batch]]] = []
-        done: set[_Entry | _Batch] = set()
+        self._order: list[tuple[int, list[Work]]] = []
+        done: set[Work] = set()
         for number, group in enumerate(self._groups):
             if group is not None:
                 members = [worker for worker in self._workers if number in worker.summed_in and worker not in done]
@@ -207,270 +200,3 @@ def full_precision(devices: set[str]) -> Iterator[None]:
 
 
 _BACKENDS = {"cuda": "cuda", "cpu": "mkldnn"}
-
-
-class Scratch:
-    """Memory in which half-precision pieces, and batches of small weights, are worked on: one buffer per device, as
-    large as the largest yet."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._buffers: dict[torch.device, Tensor] = {}
-
-    def pieces(self, stack: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        """(experts, rows, that piece of the stack, its copy in full precision), each no larger than the buffer."""
-        experts, rows, columns = stack.shape
-        if not stack.numel():
-            return
-        deep = max(1, SCRATCH_NUMEL // (rows * columns))
-        high = rows if rows * columns <= SCRATCH_NUMEL else max(1, SCRATCH_NUMEL // columns)
-        for expert in range(0, experts, deep):
-            for row in range(0, rows, high):
-                own = slice(expert, min(expert + deep, experts)), slice(row, min(row + high, rows))
-                piece = stack[own]
-                copy = self.room(piece.shape, piece.device)
-                copy.copy_(piece)
-                yield *own, piece, copy
-
-    def room(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        """Memory whose content the next call may overwrite."""
-        numel = math.prod(shape)
-        buffer = self._buffers.get(device)
-        if buffer is None or buffer.numel() < numel:
-            self._buffers[device] = buffer = torch.empty(numel, dtype=self.dtype, device=device)
-        return buffer[:numel].view(*shape)
-
-
-class _Side:
-    """A basis (length, k) and the sketch (k, other length) along it, stacked or not, and the views a pass needs."""
-
-    __slots__ = ("adds", "basis", "basis_T", "sketch", "sketch_T", "summed")
-
-    def __init__(self, basis: Tensor, sketch: Tensor, *, adds: bool, summed: bool) -> None:
-        self.basis, self.basis_T = basis, basis.mT
-        self.sketch, self.sketch_T = sketch, sketch.mT
-        self.adds, self.summed = adds, summed
-
-    def flat(self) -> _Side:
-        """The same of a stack of one, as matrices."""
-        return _Side(self.basis[0], self.sketch[0], adds=self.adds, summed=self.summed)
-
-
-class _Step:
-    """One box's share of a pass. For small matrices the interpreter's time is the cost, so nothing is looked up."""
-
-    __slots__ = ("_add", "_product", "device", "left", "offset", "right", "size", "stacked")
-
-    def __init__(self, part: Part, flats: Sequence[Tensor], plan: Plan) -> None:
-        self.offset = part.offset
-        experts = part.box.size[0]
-        sides = [
-            _side(part.left, part.left_view, experts, flats, plan, adds=part.offset is not None),
-            _side(part.right, part.right_view, experts, flats, plan, adds=False),
-        ]
-        self.stacked = tuple(sides)
-        self.device = next(side.basis.device for side in sides if side is not None)
-        self.size: tuple[int, ...] = part.box.size
-        self._product: Callable[..., Tensor] = torch.bmm
-        self._add: Callable[..., Tensor] = Tensor.baddbmm_
-        if experts == 1:
-            sides = [None if side is None else side.flat() for side in sides]
-            self.size = part.box.size[1:]
-            self._product, self._add = torch.mm, Tensor.addmm_
-        self.left, self.right = sides
-
-    def view(self, source: Tensor) -> Tensor:
-        """The box in the local storage, (rows, columns) or (experts, rows, columns)."""
-        if self.offset is not None:
-            return source[self.offset : self.offset + math.prod(self.size)].view(self.size)
-        if source.ndim == len(self.size):
-            return source
-        return source.unsqueeze(1) if source.ndim == 1 else source[0]
-
-    def sketch(self, box: Tensor, only: bool | None) -> None:
-        left, right = self.left, self.right
-        if left is not None and (only is None or left.summed is only):
-            if left.adds:
-                self._add(left.sketch, left.basis_T, box)
-            else:
-                self._product(left.basis_T, box, out=left.sketch)
-        if right is not None and (only is None or right.summed is only):
-            self._product(right.basis_T, box.mT, out=right.sketch)
-
-    def apply(self, box: Tensor) -> None:
-        if self.left is not None:
-            self._add(box, self.left.basis, self.left.sketch, alpha=-1)
-        if self.right is not None:
-            self._add(box, self.right.sketch_T, self.right.basis_T, alpha=-1)
-
-    def clear(self) -> None:
-        """The sketches of zeros; sums to which others add are zero already."""
-        for side in (self.left, self.right):
-            if side is not None and not side.adds:
-                side.sketch.zero_()
-
-    def sketch_rounded(self, box: Tensor, scratch: Scratch) -> None:
-        left, right = self.stacked
-        self.clear()
-        for experts, rows, _, piece in scratch.pieces(box if box.ndim == 3 else box.unsqueeze(0)):
-            if left is not None:
-                left.sketch[experts].baddbmm_(left.basis_T[experts, :, rows], piece)
-            if right is not None:
-                right.sketch[experts, :, rows].baddbmm_(right.basis_T[experts], piece.mT)
-
-    def apply_rounded(self, box: Tensor, scratch: Scratch) -> None:
-        left, right = self.stacked
-        for experts, rows, here, piece in scratch.pieces(box if box.ndim == 3 else box.unsqueeze(0)):
-            if left is not None:
-                piece.baddbmm_(left.basis[experts, rows], left.sketch[experts], alpha=-1)
-            if right is not None:
-                piece.baddbmm_(right.sketch_T[experts, rows], right.basis_T[experts], alpha=-1)
-            here.copy_(piece)
-
-
-class _OverlapStep:
-    """C <- C - E Q^T."""
-
-    __slots__ = ("_C", "_D", "_E", "_P_T", "_Q", "_Q_T", "_add", "_product", "_summed")
-
-    def __init__(self, overlap: Overlap, flats: Sequence[Tensor]) -> None:
-        C = overlap.left_view.of(flats)
-        experts = C.shape[0]
-        Q = overlap.right.expand(experts, -1, -1)
-        P_T = None if overlap.left is None else overlap.left.expand(experts, -1, -1).mT
-        D = None if overlap.right_view is None else overlap.right_view.of(flats).mT
-        self._summed = overlap.own is not None
-        E = C.new_empty(experts, C.shape[1], Q.shape[2]) if overlap.own is None else overlap.own.of(flats)
-        self._product: Callable[..., Tensor] = torch.bmm
-        self._add: Callable[..., Tensor] = Tensor.baddbmm_
-        if experts == 1:
-            C, Q, E = C[0], Q[0], E[0]
-            P_T, D = None if P_T is None else P_T[0], None if D is None else D[0]
-            self._product, self._add = torch.mm, Tensor.addmm_
-        self._C, self._Q, self._Q_T, self._E, self._P_T, self._D = C, Q, Q.mT, E, P_T, D
-
-    def sketch(self) -> None:
-        """The partial sums of E, from those of C."""
-        if self._summed:
-            self._product(self._C, self._Q, out=self._E)
-
-    def take_out(self) -> None:
-        if self._P_T is not None:
-            self._product(self._P_T, self._D, out=self._E)
-        elif not self._summed:
-            self._product(self._C, self._Q, out=self._E)
-        self._add(self._C, self._E, self._Q_T, alpha=-1)
-
-
-class _Entry:
-    """One protected parameter's share of a pass."""
-
-    def __init__(self, index: int, entry: Entry, flats: Sequence[Tensor], plan: Plan, scratch: Scratch) -> None:
-        self._index, self.unit = index, entry.fragment.unit
-        self._dtype, self._scratch = plan.dtype, scratch
-        self._steps = [_Step(part, flats, plan) for part in entry.parts]
-        self._overlaps = [_OverlapStep(overlap, flats) for overlap in entry.overlaps]
-        self.summed_in = _summed_in(entry.parts, entry.overlaps, plan)
-
-    def sketch_summed(self, sources: Sequence[Source]) -> None:
-        """The sketches that are summed. Where numbers pass through a cache or a buffer, on the CPU and in half
-        precision, all of them, while they are at hand."""
-        source = sources[self._index]
-        self._sketch(source, only=None if self._at_once(source) else True)
-        for overlap in self._overlaps:
-            overlap.sketch()
-
-    def sketch_local(self, sources: Sequence[Source]) -> None:
-        """The others."""
-        source = sources[self._index]
-        if not self.summed_in:
-            self._sketch(source, only=None)
-        elif not self._at_once(source):
-            self._sketch(source, only=False)
-
-    def _at_once(self, source: Source) -> bool:
-        return source is None or not source.is_cuda or source.dtype is not self._dtype
-
-    def _sketch(self, source: Source, *, only: bool | None) -> None:
-        """only: those that are summed, those that are not, or None: all."""
-        for step in self._steps:
-            if source is None:
-                step.clear()
-            elif source.dtype is self._dtype:
-                step.sketch(step.view(source), only)
-            else:
-                step.sketch_rounded(step.view(source), self._scratch)
-
-    def apply(self, sources: Sequence[Source]) -> None:
-        source = sources[self._index]
-        if source is None:
-            return
-        for overlap in self._overlaps:
-            overlap.take_out()
-        for step in self._steps:
-            if source.dtype is self._dtype:
-                step.apply(step.view(source))
-            else:
-                step.apply_rounded(step.view(source), self._scratch)
-
-
-class _Batch:
-    """The share of several small parameters, copied side by side (`batches.py`)."""
-
-    def __init__(self, batch: Batch, flats: Sequence[Tensor], plan: Plan, scratch: Scratch) -> None:
-        self._members, self.unit = batch.members, plan.entries[batch.members[0]].fragment.unit
-        self._size, self._scratch = batch.part.box.size, scratch
-        self._step = _Step(batch.part, flats, plan)
-        overlaps = () if batch.overlap is None else (batch.overlap,)
-        self._overlaps = [_OverlapStep(overlap, flats) for overlap in overlaps]
-        self.summed_in = _summed_in((batch.part,), overlaps, plan)
-
-    def sketch_summed(self, sources: Sequence[Source]) -> None:
-        """All sketches, while the numbers are at hand."""
-        stack, _, _ = self._load(sources)
-        self._step.sketch(stack, None)
-        for overlap in self._overlaps:
-            overlap.sketch()
-
-    def sketch_local(self, sources: Sequence[Source]) -> None:
-        if not self.summed_in:
-            self.sketch_summed(sources)
-
-    def apply(self, sources: Sequence[Source]) -> None:
-        for overlap in self._overlaps:
-            overlap.take_out()
-        stack, here, copies = self._load(sources)
-        self._step.apply(stack)
-        if here:
-            torch._foreach_copy_(here, copies)
-
-    def _load(self, sources: Sequence[Source]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The stack, with zeros for those without a source; the sources; and their places in the stack."""
-        found = [sources[index] for index in self._members]
-        stack = self._scratch.room(self._size, self._step.device)
-        copies = list(stack.unbind())
-        here = [source for source in found if source is not None]
-        if len(here) < len(found):
-            copies = [copy for copy, source in zip(copies, found, strict=True) if source is not None]
-            stack.zero_()
-        here = [source if source.ndim == 2 else source.view(self._size[1:]) for source in here]
-        if here:
-            torch._foreach_copy_(copies, here)
-        return stack, here, copies
-
-
-def _summed_in(parts: Sequence[Part], overlaps: Sequence[Overlap], plan: Plan) -> set[int]:
-    """The buckets with a group in which sketches lie."""
-    views = [view for part in parts for view in (part.left_view, part.right_view) if view is not None]
-    views += [overlap.own for overlap in overlaps if overlap.own is not None]
-    return {view.slot.bucket for view in views if plan.buckets[view.slot.bucket].group is not None}
-
-
-def _side(
-    basis: Tensor | None, view: View | None, experts: int, flats: Sequence[Tensor], plan: Plan, *, adds: bool
-) -> _Side | None:
-    """adds: whether boxes share the sketch where it is summed, so that each adds to what the pass has set to zero."""
-    if basis is None or view is None:
-        return None
-    summed = plan.buckets[view.slot.bucket].group is not None
-    return _Side(basis.expand(experts, -1, -1), view.of(flats), adds=adds and summed, summed=summed)

@@ -12,7 +12,7 @@ from torch import nn
 
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.errors import InputError
-from grasp_dist.projection import GraspProjector, runtime
+from grasp_dist.projection import GraspProjector, work
 from grasp_dist.projection.reference import pin, project_gradient, sketches
 from tests.projection.projection_cases import Watch, Zoo, draw, orthonormal, relative_error, zoo_basis
 
@@ -341,7 +341,7 @@ def _big(dtype: torch.dtype) -> tuple[nn.Linear, GraspProjector]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pass_allocates_nothing_of_a_weights_size(dtype, monkeypatch):
-    monkeypatch.setattr(runtime, "SCRATCH_NUMEL", 96 * 10)
+    monkeypatch.setattr(work, "SCRATCH_NUMEL", 96 * 10)
     model, projector = _big(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     projector.attach(optimizer)
@@ -361,7 +361,7 @@ def test_the_memory_watch_sees_a_dense_projection():
 
 def test_half_precision_rounds_once(monkeypatch):
     """In pieces of a few rows, the result is the fp64 one rounded to bf16, up to one unit in the last place."""
-    monkeypatch.setattr(runtime, "SCRATCH_NUMEL", 96 * 10)
+    monkeypatch.setattr(work, "SCRATCH_NUMEL", 96 * 10)
     model, projector = _big(torch.bfloat16)
     gradient = model.weight.grad.double()
     projector.project_gradients()
