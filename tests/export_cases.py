@@ -1,4 +1,5 @@
-"""Checkpoints as training leaves them, made without training: trained numbers, and the files of any ranks."""
+"""Checkpoints as training leaves them, made without training: trained numbers, and the files of any ranks; and what
+the libraries read of an export."""
 
 from __future__ import annotations
 
@@ -15,8 +16,12 @@ from grasp_dist.config import LoraConfig, TrainingConfig
 from grasp_dist.fingerprints import model_reference
 from grasp_dist.training.checkpoints.store import Checkpoints, fingerprint
 from grasp_dist.training.lora import adapter_config, add_lora
+from grasp_dist.training.parallel import Parallel
 
-__all__ = ["cut", "lora_state", "record_of", "write_step"]
+__all__ = ["ALONE", "auto", "cut", "full_checkpoint", "logits", "lora_state", "peft", "record_of", "write_step"]
+
+ALONE = Parallel("none", 0, 1, torch.device("cpu"))
+IDS = torch.arange(3, 19)[None]
 
 Piece = tuple[list[int], Tensor]
 """Offsets, and the numbers that stand there."""
@@ -88,3 +93,25 @@ def write_step(root: Path, record: Mapping[str, Any], ranks: Sequence[Mapping[st
         files[path.name] = fingerprint(path)
     checkpoints.commit(folder, {**record, "world_size": len(ranks)}, files)
     return folder
+
+
+def full_checkpoint(root: Path, base: Path, trained: dict[str, Tensor]) -> Path:
+    tensors = {f"model.{name}": value for name, value in trained.items()}
+    return write_step(root, record_of(tensors, base_model=model_reference(base)), cut(tensors, 3))
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def auto(folder: Path, **settings):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, **settings)
+
+
+def peft(base: Path, folder: Path):
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(auto(base), folder)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,38 +20,14 @@ from grasp_dist import export as export_module
 from grasp_dist import export_parts
 from grasp_dist.errors import InputError
 from grasp_dist.export import export_checkpoint
-from grasp_dist.fingerprints import model_reference, tensor_shapes
-from grasp_dist.manifest import Unit, digest
+from grasp_dist.fingerprints import tensor_shapes
 from grasp_dist.tensor_writer import Part, as_bytes, write_tensors
 from grasp_dist.training.checkpoints.reader import Shards
-from grasp_dist.training.checkpoints.store import Checkpoints, fingerprint, remove
+from grasp_dist.training.checkpoints.store import remove
 from grasp_dist.training.lora import save_adapter
-from grasp_dist.training.parallel import Parallel
-from tests.distinct_pieces import SHAPES, save_distinct
-from tests.distributed import run_distributed
-from tests.export_cases import cut, lora_state, record_of, write_step
+from tests.export_cases import ALONE, auto, cut, full_checkpoint, logits, lora_state, peft, record_of, write_step
 from tests.tiny_models import tiny_model
 from tests.training.training_cases import save_mixtral, save_tiny, word_tokenizer
-
-IDS = torch.arange(3, 19)[None]
-ALONE = Parallel("none", 0, 1, torch.device("cpu"))
-
-
-def logits(model) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(IDS).logits
-
-
-def auto(folder: Path, **settings):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder, **settings)
-
-
-def peft(base: Path, folder: Path):
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(auto(base), folder)
 
 
 @pytest.fixture(scope="module")
@@ -71,121 +46,6 @@ def lora_checkpoint(root: Path, factors: dict[str, Tensor], settings: dict) -> P
     tensors = {f"model.{name}": value for name, value in factors.items()}
     moments = {f"optimizer.exp_avg.{name}": torch.zeros_like(value) for name, value in factors.items()}
     return write_step(root, record_of(tensors | moments, **settings), cut(tensors | moments, 3))
-
-
-def full_checkpoint(root: Path, base: Path, trained: dict[str, Tensor]) -> Path:
-    tensors = {f"model.{name}": value for name, value in trained.items()}
-    return write_step(root, record_of(tensors, base_model=model_reference(base)), cut(tensors, 3))
-
-
-# -- reading
-
-
-def test_what_three_ranks_wrote_comes_back_bit_for_bit(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    folder = checkpoints.prepare(7)
-    ranks = run_distributed(save_distinct, 3, str(folder))
-    whole = {name: torch.empty(shape) for name, shape in SHAPES.items()} | {"pins.p.write": torch.empty(2, 5)}
-    record = {**record_of(whole), "step": 7}
-    checkpoints.commit(folder, record, {path.name: fingerprint(path) for path in folder.iterdir()})
-    shards = Shards(folder)
-    assert shards.names() == sorted(whole)
-    for name, shape in SHAPES.items():
-        expected = torch.cat([rank[name] for rank in ranks]).view(shape)
-        found = shards.read(name)
-        assert found.shape == shards.shape(name) == shape
-        assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
-        for start, stop in ((0, 1), (1, 3), (2, 99), (1, 1)):
-            rows = shards.rows(name, start, stop)
-            assert torch.equal(rows.view(torch.int32), expected[start:stop].view(torch.int32))
-    assert torch.equal(shards.read("pins.p.write"), torch.arange(10.0).view(2, 5))
-    assert torch.equal(shards.rows("pins.p.write", 1, 2), torch.arange(5.0, 10.0).view(1, 5))
-    with pytest.raises(InputError, match=r"no tensor 'model\.c'"):
-        shards.read("model.c")
-
-
-@pytest.fixture
-def pieces():
-    return {"model.w": torch.randn(5, 7, generator=torch.Generator().manual_seed(1))}
-
-
-def test_a_missing_shard_is_refused(pieces, tmp_path):
-    folder = write_step(tmp_path, record_of(pieces), cut(pieces, 3))
-    next(folder.glob("shard-00002-*")).unlink()
-    with pytest.raises(InputError, match=r"shard-00002.*missing"):
-        Shards(folder)
-    with pytest.raises(InputError, match=r"shard-00002.*cannot be read"):
-        Shards(folder, check=False)
-
-
-def test_a_changed_byte_is_refused(pieces, tmp_path):
-    folder = write_step(tmp_path, record_of(pieces), cut(pieces, 3))
-    path = next(folder.glob("shard-00003-*"))
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=r"shard-00003.*sha256"):
-        Shards(folder)
-
-
-@pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_missing_piece_is_refused_and_never_filled_in(rank, pieces, tmp_path):
-    """All files are as they were written; one rank's part of a tensor was never in them."""
-    ranks = cut(pieces | {"model.v": torch.ones(9)}, 3)
-    del ranks[rank]["model.w"]
-    with pytest.raises(InputError, match=r"'model\.w'.*is not whole.* of 2 pieces"):
-        Shards(write_step(tmp_path, record_of(pieces | {"model.v": torch.ones(9)}), ranks))
-
-
-def test_a_tensor_in_no_file_and_one_in_no_record(pieces, tmp_path):
-    with pytest.raises(InputError, match=r"'model\.x'.*is not whole"):
-        Shards(write_step(tmp_path / "a", record_of(pieces | {"model.x": torch.ones(2)}), cut(pieces, 2)))
-    with pytest.raises(InputError, match=r"holds 'model\.x'"):
-        Shards(write_step(tmp_path / "b", record_of(pieces), cut(pieces | {"model.x": torch.ones(2)}, 2)))
-
-
-def test_a_piece_twice_is_read_if_the_two_agree(pieces, tmp_path):
-    ranks = cut(pieces, 3)
-    start = ranks[1]["model.w"][0][0]
-    flat = pieces["model.w"].reshape(-1)
-    flat[start + 2] = float("nan")  # not equal to itself, and the same bits
-    twice = {"model.w": ([start - 3], flat[start - 3 : start + 6].clone())}
-    ranks = [*cut(pieces, 3), twice]
-    shards = Shards(write_step(tmp_path / "same", record_of(pieces), ranks))
-    assert torch.equal(shards.read("model.w").view(torch.int32), pieces["model.w"].view(torch.int32))
-    assert torch.equal(shards.rows("model.w", 1, 3).view(torch.int32), pieces["model.w"][1:3].view(torch.int32))
-    twice["model.w"][1][-1] += 1e-6
-    shards = Shards(write_step(tmp_path / "other", record_of(pieces), ranks))
-    with pytest.raises(InputError, match=r"'model\.w'.*written twice, and differently"):
-        shards.read("model.w")
-
-
-def test_blocks_in_two_dimensions(tmp_path):
-    """Pins are saved as they are, cut along either dimension or both."""
-    whole = torch.arange(40.0).view(5, 8)
-    corners = [(slice(0, 3), slice(0, 2)), (slice(3, 5), slice(0, 2)), (slice(0, 5), slice(2, 8))]
-    ranks = [{"pins.w.write": ([rows.start, columns.start], whole[rows, columns])} for rows, columns in corners]
-    shards = Shards(write_step(tmp_path / "a", record_of({"pins.w.write": whole}), ranks))
-    assert torch.equal(shards.read("pins.w.write"), whole)
-    assert torch.equal(shards.rows("pins.w.write", 2, 4), whole[2:4])
-    with pytest.raises(InputError, match=r"\[3:5, 0:2\] of \[5, 8\] is in none"):
-        Shards(write_step(tmp_path / "b", record_of({"pins.w.write": whole}), [ranks[0], ranks[2]]))
-    far = {"pins.w.write": ([4, 0], whole[3:5, 0:2])}
-    with pytest.raises(InputError, match=r"\[4:6, 0:2\].*is not within"):
-        Shards(write_step(tmp_path / "c", record_of({"pins.w.write": whole}), [ranks[0], far, ranks[2]]))
-
-
-def test_shards_of_another_dtype_or_without_places(pieces, tmp_path):
-    ranks = cut(pieces, 2)
-    ranks[1]["model.w"] = (ranks[1]["model.w"][0], ranks[1]["model.w"][1].half())
-    with pytest.raises(InputError, match="F16"):
-        Shards(write_step(tmp_path / "a", record_of(pieces), ranks))
-    checkpoints = Checkpoints(tmp_path / "b")
-    folder = checkpoints.prepare(5)
-    save_file(pieces, folder / "x.safetensors")
-    checkpoints.commit(folder, record_of(pieces), {"x.safetensors": fingerprint(folder / "x.safetensors")})
-    with pytest.raises(InputError, match="where its tensors belong"):
-        Shards(folder)
 
 
 # -- LoRA
@@ -534,102 +394,6 @@ def test_the_newest_valid_one_is_chosen(llama, tmp_path):
         export_checkpoint(root, tmp_path / "out")
     with pytest.raises(InputError, match="no checkpoint and no finished result"):
         export_checkpoint(llama, tmp_path / "out")
-
-
-# -- finished runs, and the model card
-
-
-def make_run(tmp_path: Path, base: Path) -> tuple[Path, torch.nn.Module]:
-    """A run with one task, finished behind step 9 and evaluated, with a checkpoint of step 5; and the final model."""
-    run, inputs = tmp_path / "run", {"seed": 0, "arm": "grasp", "basis": "ba515"}
-    task = Unit(run / "project" / "grasp" / "seed-0", inputs)
-    task.start()
-    _, factors, settings = lora_state(base)
-    tensors = {f"model.{name}": value for name, value in factors.items()}
-    settings |= {"task": "project/grasp/seed-0", "config": digest(inputs), "basis": "fe" * 32}
-    write_step(task.folder / "checkpoints", record_of(tensors, **settings), cut(tensors, 2))
-    model, _, _ = lora_state(base, seed=9)
-    save_adapter(model, task.folder / "adapter", ALONE)
-    metrics = {"steps": 9, "residual": 3.25e-7, "final_loss": 0.75}
-    task.finish(outputs=["adapter"], metrics=metrics, world_size=2, base_model=model_reference(base))
-    (run / "config.yaml").write_text(
-        yaml.safe_dump({"run_dir": str(run), "model": {"path": str(base)}, "data": {"path": "d"}})
-    )
-    scored = Unit(run / "evaluate" / "grasp" / "seed-0", {"weights": task.output_hash("adapter")})
-    scored.start()
-    models = [
-        {"model": name, "seed": seed, "probes": {"drift": {"value": value}}}
-        for name, seed, value in (("base", None, 0.0625), ("grasp", 0, 0.1875), ("grasp", 1, 0.9999))
-    ]
-    probes = [{"name": "drift", "role": "drift", "kind": "completion", "n": 4}]
-    (run / "evaluate" / "scores.json").write_text(json.dumps({"format": 1, "probes": probes, "models": models}))
-    return run, model
-
-
-def test_of_a_finished_task_its_result_is_exported(llama, tmp_path):
-    """And its last checkpoint, which is of a step before, only when that is asked for."""
-    run, model = make_run(tmp_path, llama)
-    task = run / "project" / "grasp" / "seed-0"
-    for number, place in enumerate((run, task, task / "adapter")):
-        out = export_checkpoint(place, tmp_path / f"out-{number}")
-        assert torch.equal(logits(peft(llama, out)), logits(model))
-        assert json.loads((out / "export.json").read_text())["step"] == 9
-    merged = export_checkpoint(run, tmp_path / "merged", merge=True)
-    assert (logits(auto(merged)) - logits(model)).abs().max() <= 1e-5
-    earlier = export_checkpoint(task / "checkpoints", tmp_path / "earlier")
-    assert json.loads((earlier / "export.json").read_text())["step"] == 5
-    assert (logits(peft(llama, earlier)) - logits(model)).abs().max() > 0.1
-    with pytest.raises(InputError, match="not the one that was fine-tuned"):
-        export_checkpoint(run, tmp_path / "out", merge=True, base=save_tiny(tmp_path / "other", seed=1))
-    config = json.loads((task / "adapter" / "adapter_config.json").read_text())
-    (task / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 50.0}))
-    with pytest.raises(InputError, match="not as the finished training left it"):
-        export_checkpoint(run, tmp_path / "out")
-
-
-def test_a_finished_full_fine_tune(llama, tmp_path):
-    task = Unit(tmp_path / "naive" / "seed-0", {"seed": 0})
-    task.start()
-    shutil.copytree(llama, task.folder / "model")
-    task.finish(outputs=["model"], metrics={"steps": 3}, world_size=1)
-    out = export_checkpoint(task.folder, tmp_path / "out", dtype="bf16")
-    expected = {name: tensor.bfloat16() for name, tensor in load_file(llama / "model.safetensors").items()}
-    found = load_file(out / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert auto(out).dtype == torch.bfloat16
-
-
-def test_the_card_tells_the_figures_of_this_very_model(llama, tmp_path):
-    run, _ = make_run(tmp_path, llama)
-    card = (export_checkpoint(run, tmp_path / "out") / "README.md").read_text()
-    front = yaml.safe_load(card.split("---")[1])
-    assert front["base_model"] == "llama"  # not where it stands on this machine
-    assert front["library_name"] == "peft"
-    assert {"grasp", "lora"} <= set(front["tags"])
-    assert str(tmp_path) not in card
-    for figure in ("rank 3, alpha 5.0", "0.75", "3.25e-07", "ba515", "| steps | 9 |", "0.0625 | 0.1875 |"):
-        assert figure in card, figure
-    assert "0.9999" not in card
-    merged = (export_checkpoint(run, tmp_path / "merged", merge=True) / "README.md").read_text()
-    assert yaml.safe_load(merged.split("---")[1])["library_name"] == "transformers"
-    assert "0.1875" in merged
-
-
-@pytest.mark.parametrize("change", ["earlier step", "trained again", "copied"])
-def test_the_card_gives_no_figures_of_another_model(change, llama, tmp_path):
-    run, _ = make_run(tmp_path, llama)
-    source = run
-    if change == "trained again":
-        Unit(run / "evaluate" / "grasp" / "seed-0", {"weights": "of before"}).start()
-    else:
-        source = next(run.rglob("step-*"))
-    if change == "copied":
-        source = shutil.copytree(source, tmp_path / "copy")
-    card = (export_checkpoint(source, tmp_path / "out") / "README.md").read_text()
-    assert "0.1875" not in card
-    assert ("3.25e-07" in card) == (change == "trained again")
-    assert ("| steps | 5 |" in card) == (change != "trained again")
 
 
 # -- memory
