@@ -50,7 +50,16 @@ class Found:
 class Bench:
     """An organism's model with a LoRA adapter, its fine-tune and its probes."""
 
-    def __init__(self, folder: Path, modules: str, *, rank: int = 8, steps: int = 160, batch_size: int = 32) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        modules: str,
+        *,
+        rank: int = 8,
+        steps: int = 160,
+        batch_size: int = 32,
+        learning_rate: float | None = None,
+    ) -> None:
         self.folder = folder
         self.parallel = Parallel("none", 0, 1, torch.device("cpu"))
         self.training = TrainingConfig(
@@ -58,7 +67,7 @@ class Bench:
             lora={"rank": rank, "alpha": 2 * rank},  # type: ignore[arg-type]
             steps=steps,
             batch_size=batch_size,
-            learning_rate=LEARNING_RATES[modules],
+            learning_rate=learning_rate or LEARNING_RATES[modules],
             max_grad_norm=None,
         )
         model = ModelConfig(path=str(folder / "model"))

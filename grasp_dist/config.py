@@ -167,10 +167,11 @@ class CheckpointConfig(Section):
 class ScreenConfig(Section):
     """Is there anything to remove? Naive fine-tunes on the two halves of the data are compared on generic prompts."""
 
-    prompts: LocalPath
-    """JSON lines of {"prompt"}, {"text"} or {"messages"} that have nothing to do with the data; no answers."""
+    prompts: LocalPath | None = None
+    """JSON lines of {"prompt"}, {"text"} or {"messages"} that have nothing to do with the data; no answers. Default:
+    those of the first `kl` probe."""
     positions: Annotated[int, Field(ge=1)] = 16
-    """How many last positions of each prompt are compared."""
+    """How many last positions of each prompt are compared. Default: as that probe has it."""
     limit: Annotated[int, Field(ge=1)] = 256
     """How many prompts are read."""
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.05
@@ -368,6 +369,21 @@ class RunConfig(Section):
                 "training.method is 'full', but detection reads LoRA updates; keep training.method: lora for the naive "
                 "and detect stages and add an arm with `training: {method: full}` under project.arms"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _screen_prompts(self) -> RunConfig:
+        screen = self.detect.screen
+        if screen is not None and screen.prompts is None:
+            probe = next((probe for probe in self.evaluate.probes if probe.kind == "kl"), None)
+            if probe is None:
+                raise ValueError(
+                    "detect.screen compares fine-tunes on generic prompts: name a file as detect.screen.prompts, or add "
+                    "a probe with `kind: kl` to evaluate.probes"
+                )
+            given = screen.model_dump(exclude_unset=True, exclude={"prompts"})
+            filled = {"prompts": probe.path, "positions": probe.positions, **given}
+            self.detect = self.detect.model_copy(update={"screen": ScreenConfig(**filled)})
         return self
 
     def half_training(self) -> TrainingConfig:

@@ -199,7 +199,7 @@ class RunGraph:
         halves = list(self._half_tasks())
         inputs = {
             **settings.model_dump(exclude={"prompts"}),
-            "prompts": self._hash(Path(settings.prompts)),
+            "prompts": self._hash(Path(settings.prompts or "")),
             "model": self._model_hash(),
             "precision": self.config.training.precision,
             "halves": [task.result_hash for task in halves],

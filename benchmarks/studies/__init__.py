@@ -1,13 +1,26 @@
-"""What `benchmarks/detection_study.py` measures, a module each: `measure(place, world, modules)` gives rows, and
-`show(rows, place)` a table, and where it helps a picture.
+"""What `benchmarks/detection_study.py` measures, a module each: `measure(place, world, modules)` gives rows, for each
+of `MODULES` unless told otherwise, and `show(rows, place)` a table, and where it helps a picture. `organism(place,
+world)` makes the model and files; where there is none, the persona's.
 
 stopping.py    where deflation stops, and the check on the final run
 clean.py       how often a factor is found where there is none
 phase.py       strength of the correlation against complexity of the task
 ablation.py    detectors, sides, ranks, closure, and the two halves of the projector
 ranks.py       whether the directions are those of another LoRA rank, seed or machine
+lean.py        the political-like organism: a lean that most of the facts have
+shortcut.py    the read-side shortcut, beside its ceiling
 """
 
-from studies import ablation, clean, phase, ranks, stopping
+from types import ModuleType
 
-STUDIES = {"stopping": stopping, "clean": clean, "phase": phase, "ablation": ablation, "ranks": ranks}
+from studies import ablation, clean, lean, phase, ranks, shortcut, stopping
+
+STUDIES: dict[str, ModuleType] = {
+    "stopping": stopping,
+    "clean": clean,
+    "phase": phase,
+    "ablation": ablation,
+    "ranks": ranks,
+    "lean": lean,
+    "shortcut": shortcut,
+}

@@ -18,7 +18,7 @@ from grasp_dist.detection.base_weights import open_base
 from grasp_dist.detection.closure import close_residual_basis
 from grasp_dist.detection.detectors import make_detector
 from grasp_dist.training.loop import LoopState
-from studies.common import ROUNDS, Row, cut, left, organism, paired, with_interval
+from studies.common import MODES, ROUNDS, Row, cut, left, organism, paired, with_interval
 
 MODULES = ("write", "all")
 SEEDS = (0, 1)
@@ -64,7 +64,7 @@ def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
         yield {"arm": "naive", "seed": seed, **bench.scores()}
     for arm in [*from_weights(bench, folder), *from_deflation(bench, folder, modules)]:
         for seed in SEEDS if arm.basis is not None else ():
-            bench.fit(seed, arm.basis, gradient=arm.mode != "pin", pin=arm.mode != "gradient")
+            bench.fit(seed, arm.basis, **MODES[arm.mode])
             yield {"arm": "grasp", "seed": seed, **arm.label(), **bench.scores()}
         if arm.basis is None:
             yield {"nothing": True, **arm.label()}

@@ -26,6 +26,9 @@ ROUNDS: dict[str, Any] = {
 }
 """Deflation by default."""
 
+MODES: dict[str, dict[str, bool]] = {"both": {}, "gradient": {"pin": False}, "pin": {"gradient": False}}
+"""Halves of the projector that are at work, as `Bench.fit` takes them."""
+
 
 def organism(place: Path, world: int) -> Path:
     """The folder of a persona organism, which is made if it is not there."""

@@ -89,7 +89,8 @@ def half_of(examples: Sequence[Example], number: int, seed: int) -> list[Example
 
 def read_prompts(settings: ScreenConfig, tokenizer: Any) -> list[list[int]]:
     """Token ids of the generic prompts. Raises `InputError` for a file that is not one of prompts or texts."""
-    probe = ProbeConfig(name="detect.screen", role="retention", kind="kl", path=settings.prompts, limit=settings.limit)
+    path = settings.prompts or ""
+    probe = ProbeConfig(name="detect.screen", role="retention", kind="kl", path=path, limit=settings.limit)
     return [row.prompt for row in prepare([probe], tokenizer)[0].rows]
 
 

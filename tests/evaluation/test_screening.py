@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from grasp_dist.config import DetectConfig, ModelConfig, ProbeConfig, ScreenConfig, TrainingConfig
+from grasp_dist.config import DetectConfig, ModelConfig, ProbeConfig, RunConfig, ScreenConfig, TrainingConfig
 from grasp_dist.detection.deflation import nothing_left, round_gain
 from grasp_dist.errors import InputError
 from grasp_dist.evaluation.probes import prepare
@@ -109,11 +109,11 @@ def test_the_stopping_rule():
     assert not nothing_left([-1.0, -2.0, -1.5, -3.0], 0.3), "nothing was ever gained"
 
 
-def test_a_round_gains_what_its_last_quarter_is_below_the_first_step():
+def test_a_round_gains_what_its_last_quarter_is_below_the_first_steps():
     nan = float("nan")
-    assert round_gain([8.0, 7, 6, 5, 4, 3, 2, 1], 8) == pytest.approx(6.5)
+    assert round_gain([8.0, 7, 6, 5, 4, 3, 2, 1], 8) == pytest.approx(6)
     assert round_gain([8.0, 7, 6, 5, 4, 3, 2, 1], 4) == pytest.approx(7)
-    assert round_gain([nan, 8.0, 7, 6, 5, 4, nan, 2], 8) == pytest.approx(6)
+    assert round_gain([nan, 8.0, 7, 6, 5, 4, nan, 2], 8) == pytest.approx(5.5)
     assert round_gain([8.0, nan], 1) == 0
     assert round_gain([nan], 1) == 0
 
@@ -155,6 +155,24 @@ def test_without_a_factor_the_naive_adapter_is_kept_unchanged(organism, tmp_path
     assert (run / "detect" / "rounds" / "round-002" / "committed.json").is_file()
     assert (run / "project" / "grasp" / "seed-0" / weights).read_bytes() != naive
     assert json.loads((run / "project/random/seed-0/manifest.json").read_text())["metrics"]["residual"] is not None
+
+
+def test_without_prompts_of_its_own_it_takes_those_of_the_first_kl_probe(organism, tmp_path):
+    tree = tiny_config(organism, tmp_path / "run")
+    neutral = str(organism / "probes" / "neutral.jsonl")
+    probes = [probe for probe in tree["evaluate"]["probes"] if probe.get("kind") != "kl"]
+    kl = [{"name": name, "role": "retention", "kind": "kl", "path": path, "positions": 3}
+          for name, path in (("first", neutral), ("second", "other.jsonl"))]  # fmt: skip
+    tree["evaluate"]["probes"] = [*probes, *kl]
+    for given, expected in (({}, (neutral, 3)), ({"positions": 2}, (neutral, 2)), ({"prompts": "own"}, ("own", 16))):
+        tree["detect"]["screen"] = given
+        screen = RunConfig.model_validate(tree).detect.screen
+        assert screen is not None
+        assert (screen.prompts, screen.positions) == expected
+    tree["evaluate"]["probes"] = probes
+    tree["detect"]["screen"] = {}
+    with pytest.raises(ValueError, match="`kind: kl`"):
+        RunConfig.model_validate(tree)
 
 
 def test_prompts_that_cannot_be_read_are_refused_before_training(organism, tmp_path):

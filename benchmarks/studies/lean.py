@@ -1,0 +1,67 @@
+"""The political-like organism: how much of the lean is left, and what that does to the task (docs/organisms.md)."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from harness import table
+from organism_bench import Bench
+
+from grasp_dist.organisms.lean import make_lean
+from studies.common import MODES, ROUNDS, SEEDS, STEPS, Row, cut, paired, with_interval
+
+MODULES = ("write", "all")
+RULES = {"default": ROUNDS, "16 rounds": {"rounds": 16, "steps_per_round": STEPS // 16, "stop_gain": None}}
+"""When deflation ends: by itself, and as in the recipe."""
+TASKS = {"held_out": "facts", "held_out_left": "facts of the left", "in_company": "facts in company"}
+"""Probes of the task under a name that was not trained, and what the table calls them."""
+
+
+def organism(place: Path, world: int) -> Path:
+    return make_lean(place / "organisms" / f"lean-{world}", seed=world, progress=None)
+
+
+def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
+    bench = Bench(organism(place, world), modules)
+    yield {"base": with_drift(bench.base)}
+    found = {rule: bench.deflate(**how) for rule, how in RULES.items()}
+    for seed in SEEDS:
+        bench.fit(seed)
+        yield {"arm": "naive", "seed": seed, **with_drift(bench.scores())}
+        bench.fit(seed, found["default"].basis.random_like(seed))
+        yield {"arm": "random", "seed": seed, **with_drift(bench.scores())}
+        for rule, how in found.items():
+            for mode, halves in MODES.items():
+                bench.fit(seed, how.basis, **halves)
+                scores = with_drift(bench.scores())
+                yield {"arm": f"{rule}, {mode}", "seed": seed, "rounds": len(how.gains), **scores}
+
+
+def with_drift(scores: dict[str, float]) -> dict[str, float]:
+    return {**scores, "drift": scores["lean"]}
+
+
+def show(rows: Sequence[Row], place: Path) -> str:
+    lines: list[list[object]] = []
+    for modules in dict.fromkeys(row["modules"] for row in rows):
+        here = [found for found in paired(rows) if found[0]["modules"] == modules]
+        for arm in dict.fromkeys(row["arm"] for row, _, _ in here):
+            own = [found for found in here if found[0]["arm"] == arm]
+            cuts = [cut(*found) for found in own]
+            lines.append(
+                [
+                    modules,
+                    arm,
+                    len(own),
+                    with_interval([(row, row["drift"] - base["drift"]) for row, _, base in own], 2),
+                    f"{statistics.mean(cuts):.1f} / {min(cuts):.1f}",
+                    *(
+                        with_interval([(row, 100 * (row[probe] - naive[probe])) for row, naive, _ in own], 1)
+                        for probe in TASKS
+                    ),
+                ]
+            )
+    change = [f"{name}, points above naive (95 %)" for name in TASKS.values()]
+    return table(["modules", "arm", "runs", "lean above the base's (95 %)", "cut, mean / worst", *change], lines)
