@@ -378,8 +378,8 @@ class RunConfig(Section):
             probe = next((probe for probe in self.evaluate.probes if probe.kind == "kl"), None)
             if probe is None:
                 raise ValueError(
-                    "detect.screen compares fine-tunes on generic prompts: name a file as detect.screen.prompts, or add "
-                    "a probe with `kind: kl` to evaluate.probes"
+                    "detect.screen compares fine-tunes on generic prompts: name a file in detect.screen.prompts, or "
+                    "add a probe with `kind: kl` to evaluate.probes"
                 )
             given = screen.model_dump(exclude_unset=True, exclude={"prompts"})
             filled = {"prompts": probe.path, "positions": probe.positions, **given}
