@@ -39,8 +39,9 @@ LONG = (
 
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # xdist would put files of few tests last, however long those take
-    if "TORCH_EXTENSIONS_DIR" not in os.environ and config.cache is not None:
-        kernels = config.cache.mkdir("torch_extensions")  # what DeepSpeed compiles at first use
+    cache = getattr(config, "cache", None)
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and cache is not None:
+        kernels = cache.mkdir("torch_extensions")  # what DeepSpeed compiles at first use
         for lock in kernels.glob("*/lock"):  # of a compilation that was killed: all later ones would wait for it
             lock.unlink(missing_ok=True)
         os.environ["TORCH_EXTENSIONS_DIR"] = str(kernels)
