@@ -355,11 +355,12 @@ def test_what_fails_leaves_nothing_behind(lora, llama, tmp_path, monkeypatch):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".out")]
 
 
-def test_merging_full_fine_tuning_and_checkpoints_of_others(llama, pieces, tmp_path):
+def test_merging_full_fine_tuning_and_checkpoints_of_others(llama, tmp_path):
     step = full_checkpoint(tmp_path / "a", llama, {"model.norm.weight": torch.ones(24)})
     with pytest.raises(InputError, match="no adapter to merge"):
         export_checkpoint(step, tmp_path / "out", merge=True)
-    step = write_step(tmp_path / "b", record_of(pieces, method=None), cut(pieces, 2))
+    weights = {"model.w": torch.ones(5, 7)}
+    step = write_step(tmp_path / "b", record_of(weights, method=None), cut(weights, 2))
     with pytest.raises(InputError, match="does not say what was trained"):
         export_checkpoint(step, tmp_path / "out")
 
@@ -409,10 +410,13 @@ def status(key):
 small, *large = sys.argv[1:]
 export_checkpoint(small, small + "-out", merge=True)  # whatever is imported, is now
 for step in large:
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = status("VmRSS")
-    export_checkpoint(step, step + "-out", merge="lora" in step, dtype="bf16", say=lambda line: None)
-    print("peak", status("VmHWM") - before)
+    peaks = []
+    for attempt in ("a", "b"):  # the kernel's own pages may be counted, and only ever add
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = status("VmRSS")
+        export_checkpoint(step, step + attempt, merge="lora" in step, dtype="bf16", say=lambda line: None)
+        peaks.append(status("VmHWM") - before)
+    print("peak", min(peaks))
 """
 
 
