@@ -410,13 +410,10 @@ def status(key):
 small, *large = sys.argv[1:]
 export_checkpoint(small, small + "-out", merge=True)  # whatever is imported, is now
 for step in large:
-    peaks = []
-    for attempt in ("a", "b"):  # the kernel's own pages may be counted, and only ever add
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = status("VmRSS")
-        export_checkpoint(step, step + attempt, merge="lora" in step, dtype="bf16", say=lambda line: None)
-        peaks.append(status("VmHWM") - before)
-    print("peak", min(peaks))
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    export_checkpoint(step, step + "-out", merge="lora" in step, dtype="bf16", say=lambda line: None)
+    print("peak", status("VmHWM") - before)
 """
 
 

@@ -250,14 +250,11 @@ class _Search:
 
 def round_gain(losses: Sequence[float], steps: int) -> float:
     """How far a round of the last `steps` of these losses brought them below the base's: the mean over its last quarter
-    against as many steps at the beginning, which hardly any update precedes: as many, so that neither is a single
-    batch's where rounds are long. Steps that were left out (NaN) do not count; a round without any other gains
-    nothing."""
-    quarter = max(1, steps // 4)
-    seen = [loss for loss in losses if math.isfinite(loss)]
-    before = seen[:quarter]
-    last = [loss for loss in losses[-quarter:] if math.isfinite(loss)] or before
-    return sum(before) / len(before) - sum(last) / len(last) if seen else 0.0
+    against the first step, which no update precedes. Steps that were left out (NaN) do not count; a round without any
+    other gains nothing."""
+    before = next((loss for loss in losses if math.isfinite(loss)), 0.0)
+    last = [loss for loss in losses[-max(1, steps // 4) :] if math.isfinite(loss)] or [before]
+    return before - sum(last) / len(last)
 
 
 def nothing_left(gains: Sequence[float], stop_gain: float | None) -> bool:
