@@ -280,9 +280,9 @@ app.add_typer(organism, name="organism", rich_help_panel=_LOOKING)
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point: what a user can mend is one message on standard error and exit code 2, never a traceback."""
     from grasp_dist.config_files import split_overrides
-    from grasp_dist.console import quiet_libraries
+    from grasp_dist.process import set_up_process
 
-    quiet_libraries()
+    set_up_process()
     try:
         rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
         app(args=rest, obj=overrides)

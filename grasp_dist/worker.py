@@ -11,7 +11,7 @@ from pathlib import Path
 
 from grasp_dist.config import RunConfig
 from grasp_dist.config_files import load_config
-from grasp_dist.console import quiet_libraries
+from grasp_dist.process import set_up_process
 from grasp_dist.errors import PREEMPTED, InputError, Preempted
 from grasp_dist.graph import STAGES
 from grasp_dist.stages import work
@@ -72,7 +72,7 @@ def _first(said: Path) -> bool:
 
 def main() -> None:
     """Entry point of each process."""
-    quiet_libraries()
+    set_up_process()
     parser = argparse.ArgumentParser(prog="python -m grasp_dist.worker", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("stages", nargs="+", choices=STAGES)

@@ -49,10 +49,10 @@ class StageTask:
 
         hold_signals()
         from grasp_dist.config_files import load_config
-        from grasp_dist.console import quiet_libraries
+        from grasp_dist.process import set_up_process
         from grasp_dist.stages import work
 
-        quiet_libraries()
+        set_up_process()
         os.environ |= _ranks(os.environ)
         try:
             work(load_config(self.config), (self.stage,), only=[self.task])

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grasp_dist.config_files import load_config
-from grasp_dist.console import quiet_libraries
+from grasp_dist.process import set_up_process
 from grasp_dist.errors import InputError
 from grasp_dist.graph import STAGES
 from grasp_dist.training.preemption import hold_signals
@@ -45,7 +45,7 @@ def ranks_of(environ: Mapping[str, str]) -> dict[str, str]:
 def main() -> None:
     """Entry point of each process."""
     hold_signals()
-    quiet_libraries()
+    set_up_process()
     parser = argparse.ArgumentParser(prog="python -m grasp_dist.launch.task", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("stage", choices=STAGES)

@@ -16,19 +16,26 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.forks import CONTEXT
+
 __all__ = ["run_distributed"]
 
 
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
-    """Call `function(*args)` in `world_size` spawned gloo processes; their return values, by rank.
+    """Call `function(*args)` in `world_size` gloo processes of their own; their return values, by rank.
 
     The function and what it returns must be picklable (importable by name). The default process group exists during the
-    call, and RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set. Raises `AssertionError` with the
-    traceback of the ranks that failed, and `TimeoutError` after `timeout` seconds; no process is left behind.
+    call, the environment is the caller's, and RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set. Raises
+    `AssertionError` with the traceback of the ranks that failed, and `TimeoutError` after `timeout` seconds; no process
+    is left behind.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
-            _worker, args=(function, world_size, folder, args), nprocs=world_size, join=False, start_method="spawn"
+            _worker,
+            args=(dict(os.environ), function, world_size, folder, args),
+            nprocs=world_size,
+            join=False,
+            start_method=CONTEXT.get_start_method(),
         )
         try:
             deadline = time.monotonic() + timeout
@@ -45,7 +52,16 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, t
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world_size)]
 
 
-def _worker(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]) -> None:
+def _worker(
+    rank: int,
+    environ: dict[str, str],
+    function: Callable[..., Any],
+    world_size: int,
+    folder: str,
+    args: tuple[Any, ...],
+) -> None:
+    os.environ.clear()
+    os.environ.update(environ)  # the server of the forks has that of its own start
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")  # Accelerate asks for them, and does not use them
     torch.set_num_threads(1)

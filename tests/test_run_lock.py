@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -19,6 +18,7 @@ import pytest
 
 from grasp_dist.errors import InputError
 from grasp_dist.run_lock import Holder, RunLock, _asked_of_ps, _process, await_free, holder_of
+from tests.forks import CONTEXT
 
 HOLD = """
 import os, platform, sys, time
@@ -282,10 +282,9 @@ def test_of_many_that_find_a_stale_lock_exactly_one_takes_it(tmp_path):
     for number in range(rounds):
         (tmp_path / str(number) / ".lock").mkdir(parents=True)
         (tmp_path / str(number) / ".lock" / "1.json").write_bytes(content)
-    context = multiprocessing.get_context("spawn")
-    before, after, wins = context.Barrier(processes), context.Barrier(processes), context.SimpleQueue()
+    before, after, wins = CONTEXT.Barrier(processes), CONTEXT.Barrier(processes), CONTEXT.SimpleQueue()
     arguments = (tmp_path, rounds, before, after, wins)
-    workers = [context.Process(target=_race, args=arguments, daemon=True) for _ in range(processes)]
+    workers = [CONTEXT.Process(target=_race, args=arguments, daemon=True) for _ in range(processes)]
     for worker in workers:
         worker.start()
     won = [wins.get() for _ in range(rounds)]
@@ -314,7 +313,6 @@ def _come_and_go(folder: Path, seed: int) -> None:
 
 
 def test_never_two_at_once_while_processes_come_go_and_are_killed(tmp_path):
-    context = multiprocessing.get_context("forkserver")
     began = time.monotonic()
     workers: list = []
     started = killed = 0
@@ -325,7 +323,7 @@ def test_never_two_at_once_while_processes_come_go_and_are_killed(tmp_path):
         killed += sum(worker.exitcode == -signal.SIGKILL for worker in workers)
         workers = [worker for worker in workers if worker.exitcode is None]
         while len(workers) < 6:
-            workers.append(context.Process(target=_come_and_go, args=(tmp_path, started), daemon=True))
+            workers.append(CONTEXT.Process(target=_come_and_go, args=(tmp_path, started), daemon=True))
             workers[-1].start()
             started += 1
         time.sleep(0.01)

@@ -177,8 +177,10 @@ def train(group: Group, name: str, stages: tuple[str, ...], tasks: Sequence[str]
 
 def _work(settings: dict[str, Any]) -> None:
     """What each process of a group does. Ray has made the process group, and set RANK, LOCAL_RANK and WORLD_SIZE."""
+    from grasp_dist.process import set_up_process
     from grasp_dist.stages import work
 
+    set_up_process()
     group = Group(**settings["group"])
     config = group.config()
     if os.environ["RANK"] == "0":

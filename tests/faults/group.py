@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -14,10 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CONTEXT", "Group", "progress"]
+from tests.forks import CONTEXT
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.faults.program"])
+__all__ = ["Group", "progress"]
 
 _progress = -1
 """File descriptor of this rank's progress, in a process of a group."""

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import peft  # noqa: F401 - imported here, once, for all that are forked
 import torch
 import torch.distributed as dist
-import transformers.models.llama.modeling_llama  # noqa: F401
 from torch import Tensor
 
 from grasp_dist.basis import SpuriousBasis, model_reference

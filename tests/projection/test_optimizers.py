@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +142,14 @@ OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Any]] = {
     "adamw-4bit-torchao": _from("torchao.optim", "AdamW4bit", lr=3e-3, weight_decay=0.1),
 }
 KERNELS = ("DeepSpeedCPUAdam", "DeepSpeedCPULion")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _apart() -> Iterator[None]:
+    """Where the Makefile installs bitsandbytes and torchao, for these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(sys.prefix) / "optimizers")
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -56,7 +56,7 @@ def _place(value: torch.Tensor, placement: str, line: DeviceMesh, grid: DeviceMe
         return value
     if placement in LINE:
         dim = {"first": 0, "second": min(1, last), "last": last}[placement]
-        return distribute_tensor(value, line, [Shard(dim)])
+        return distribute_tensor(value, line, [Shard(dim)], src_data_rank=None).clone()
     assert grid is not None
     if placement == "strided":
         # As fully_shard makes of a column-parallel weight: cut by the second axis first, then by the first.
@@ -74,7 +74,7 @@ def _place(value: torch.Tensor, placement: str, line: DeviceMesh, grid: DeviceMe
         "fsdp-on-rows": [Shard(0), Shard(last)],
         "fsdp-on-columns": [Shard(last), Shard(0)],
     }[placement]
-    return distribute_tensor(value, grid, placements)
+    return distribute_tensor(value, grid, placements, src_data_rank=None).clone()
 
 
 def _fill(model: nn.Module, dtype: torch.dtype, place) -> dict[str, torch.Tensor]:
@@ -107,12 +107,11 @@ def _full(name: str, tensor: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
     box = Tensors(nn.Module()).fragment(name, nn.Parameter(tensor.detach())).box
     spans = [box.experts, box.rows, box.columns]
     spans = {1: spans[1:2], 2: spans[1:], 3: spans}[tensor.ndim]
-    total = torch.zeros(whole.shape, dtype=torch.float64)
-    count = torch.zeros_like(total)
+    both = torch.zeros(2, *whole.shape, dtype=torch.float64)
     own = tuple(slice(*span) for span in spans)
-    total[own], count[own] = tensor.to_local().double(), 1.0
-    torch.distributed.all_reduce(total)
-    torch.distributed.all_reduce(count)
+    both[(0, *own)], both[(1, *own)] = tensor.to_local().detach().double(), 1.0
+    torch.distributed.all_reduce(both)
+    total, count = both[0], both[1]
     assert (count >= 1).all(), f"nobody holds some numbers of {name}"
     return total / count
 
