@@ -11,9 +11,9 @@ from pathlib import Path
 
 from grasp_dist.config import RunConfig
 from grasp_dist.config_files import load_config
-from grasp_dist.process import set_up_process
 from grasp_dist.errors import PREEMPTED, InputError, Preempted
 from grasp_dist.graph import STAGES
+from grasp_dist.process import set_up_process
 from grasp_dist.stages import work
 
 __all__ = ["main", "run_worker"]

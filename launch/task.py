@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grasp_dist.config_files import load_config
-from grasp_dist.process import set_up_process
 from grasp_dist.errors import InputError
 from grasp_dist.graph import STAGES
+from grasp_dist.process import set_up_process
 from grasp_dist.training.preemption import hold_signals
 from grasp_dist.worker import run_worker
 

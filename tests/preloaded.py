@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import peft  # noqa: F401 - with it torch and transformers
-import torch.distributed.checkpoint.state_dict
-import torch.distributed.fsdp
-import torch.distributed.tensor.parallel
 import transformers.models.llama.modeling_llama  # noqa: F401
 
 import grasp_dist.projection
