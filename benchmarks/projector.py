@@ -34,6 +34,7 @@ from grasp_dist.projection import GraspProjector, projector
 from grasp_dist.projection.adapters import torch_optimizers
 from grasp_dist.projection.adapters.flat import Run
 from grasp_dist.projection.fragments import Interval, Storage, stack_shape
+from grasp_dist.projection.work import FUSED_FROM
 
 LLAMA = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 """(out, in) of one Llama-7B layer."""
@@ -212,28 +213,36 @@ def _floor(matrices: list[list[Piece]], widths: list[int], U: list, V: list, *, 
         for matrix, top, bottom, left, right in pieces:
             own_u = None if u is None else u[top:bottom].contiguous()
             own_v = None if v is None else v[left:right].contiguous()
-            d_T = None if v is None else torch.empty(k, bottom - top)
-            steps.append((matrix, own_u, own_v, None if c is None else c[:, left:right], d_T))
+            d = None if v is None else torch.empty(bottom - top, k)
+            fused = u is not None and v is not None and matrix.numel() >= FUSED_FROM
+            both = (torch.empty(bottom - top, 2 * k), torch.empty(2 * k, right - left)) if fused else None
+            steps.append((matrix, own_u, own_v, None if c is None else c[:, left:right], d, both))
         plans.append((steps, c, v, torch.empty(k, k)))
 
     several = any(len(steps) > 1 for steps, *_ in plans)
 
     def sketch(steps: list) -> None:
-        for matrix, u, v, c, d_T in steps:
+        for matrix, u, v, c, d, _ in steps:
             if u is not None and several:
                 c.addmm_(u.T, matrix)
             elif u is not None:
                 torch.mm(u.T, matrix, out=c)
             if v is not None:
-                torch.mm(v.T, matrix.T, out=d_T)
+                torch.mm(matrix, v, out=d)
 
     def apply(steps: list, c: Tensor | None, v: Tensor | None, E: Tensor) -> None:
         if c is not None and v is not None:
             torch.mm(c, v, out=E)
             c.addmm_(E, v.T, alpha=-1)
-        for matrix, u, own_v, own_c, d_T in steps:
+        for matrix, u, own_v, own_c, d, both in steps:
+            if both is not None:
+                tall, wide = both
+                torch.cat((u, d), 1, out=tall)
+                torch.cat((own_c, own_v.T), 0, out=wide)
+                matrix.addmm_(tall, wide, alpha=-1)
+                continue
             if own_v is not None:
-                matrix.addmm_(d_T.T, own_v.T, alpha=-1)
+                matrix.addmm_(d, own_v.T, alpha=-1)
             if u is not None:
                 matrix.addmm_(u, own_c, alpha=-1)
 

@@ -1,10 +1,17 @@
-"""What ranks of tests import anyway: loaded once, in the process that they are forked from."""
+"""What processes of tests import anyway: loaded once, in the one that they are forked from."""
 
 from __future__ import annotations
 
-import peft  # noqa: F401 - with it torch and transformers
-import transformers.models.llama.modeling_llama  # noqa: F401
+from grasp_dist.process import set_up_process
 
-import grasp_dist.projection
-import grasp_dist.training.loop
-import grasp_dist.training.model  # noqa: F401
+set_up_process()
+
+import datasets  # noqa: E402, F401
+import peft  # noqa: E402, F401 - with it torch and transformers
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+import grasp_dist.preflight  # noqa: E402
+import grasp_dist.projection  # noqa: E402
+import grasp_dist.stages  # noqa: E402
+import grasp_dist.tasks  # noqa: E402
+import grasp_dist.training.loop  # noqa: E402, F401

@@ -219,7 +219,7 @@ def test_the_checkpoint_of_a_step_is_a_run_of_that_many_steps(write_config, orga
     long = write_config("long.yaml", checkpoint={"every": 4})
     short = write_config("short.yaml", run_dir=str(tmp_path / "short"))
     for arguments in (("naive", long), ("naive", short, "--training.steps", 4)):
-        done = grasp_dist(*arguments, "--nproc", 2)
+        done = grasp_dist(*arguments, nproc=2)
         assert done.returncode == 0, done.stderr
     listed = grasp_dist("checkpoint", "list", tmp_path / "run")
     assert [[row[0], *row[3:]] for row in cells(listed.stdout)] == [["4", "2", "fsdp2", "valid"]]

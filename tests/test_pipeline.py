@@ -251,7 +251,7 @@ def test_one_process_and_two_find_the_same_directions(organism, tmp_path, strate
             tree["parallel"] = {"strategy": strategy}
         config = tmp_path / f"{processes}.yaml"
         config.write_text(yaml.safe_dump(tree))
-        done = grasp_dist("detect", config, "--nproc", processes)
+        done = grasp_dist("detect", config, nproc=processes)
         assert done.returncode == 0, done.stdout + done.stderr
         found.append(SpuriousBasis.load(tmp_path / str(processes) / "detect" / "basis.safetensors"))
     alone, sharded = found

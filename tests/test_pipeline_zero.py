@@ -27,7 +27,7 @@ def test_the_pipeline_with_zero_gives_the_figures_of_fully_shard(organism, tmp_p
         tree["checkpoint"] = {"every": 3}
         config = tmp_path / f"{strategy}.yaml"
         config.write_text(yaml.safe_dump({**tree, "project": {"arms": ARMS}, "parallel": {"strategy": strategy}}))
-        done = grasp_dist("run", config, "--nproc", 2, timeout=600)
+        done = grasp_dist("run", config, nproc=2)
         assert done.returncode == 0, done.stdout + done.stderr
         found[strategy] = _scores(tmp_path / strategy)
     assert found["zero3"].keys() == found["fsdp2"].keys()
@@ -49,7 +49,7 @@ def test_a_run_goes_on_with_another_engine(organism, tmp_path, before, after):
         config = tmp_path / f"{name}.yaml"
         config.write_text(yaml.safe_dump(tree))
         for engine in engines:
-            done = grasp_dist("naive", config, "--nproc", 2, "--parallel.strategy", engine)
+            done = grasp_dist("naive", config, "--parallel.strategy", engine, nproc=2)
             assert done.returncode == 0, done.stdout + done.stderr
             if engine != engines[-1]:  # as if it had been killed behind step 6
                 folder = tmp_path / name / "naive" / "seed-0"

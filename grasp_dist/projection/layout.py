@@ -43,6 +43,8 @@ class Slot:
     bucket: int
     start: int
     shape: tuple[int, int, int]
+    by_length: bool = False
+    """Whether they lie in the order (experts, length, directions), in which a product with a tall matrix makes them."""
 
     @property
     def numel(self) -> int:
@@ -59,7 +61,9 @@ class View:
 
     def of(self, flats: Sequence[Tensor]) -> Tensor:
         """(experts, directions, length)."""
-        whole = flats[self.slot.bucket].narrow(0, self.slot.start, self.slot.numel).view(self.slot.shape)
+        experts, k, length = self.slot.shape
+        numbers = flats[self.slot.bucket].narrow(0, self.slot.start, self.slot.numel)
+        whole = numbers.view(experts, length, k).mT if self.slot.by_length else numbers.view(experts, k, length)
         return whole[self.experts[0] : self.experts[1], :, self.length[0] : self.length[1]]
 
 
@@ -144,11 +148,17 @@ class Buckets:
         return index
 
     def slot(
-        self, group: dist.ProcessGroup | None, device: torch.device, unit: int, shape: tuple[int, int, int]
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        unit: int,
+        shape: tuple[int, int, int],
+        *,
+        by_length: bool = False,
     ) -> Slot:
         index = self.index(group, device)
         bucket = self.all[index]
-        slot = Slot(index, bucket.numel, shape)
+        slot = Slot(index, bucket.numel, shape, by_length)
         first, _ = bucket.units.get(unit, (bucket.numel, 0))
         bucket.numel += slot.numel
         bucket.units[unit] = (first, bucket.numel)
@@ -211,7 +221,8 @@ def _views_of_blocks(pairs: Sequence[tuple[Target, Fragment]], buckets: Buckets)
     views: dict[int, dict[str, View]] = {}
     for (_, group, device, k, length, *_), members in wanted.items():
         unit = pairs[0][1].unit
-        slot = buckets.slot(group, device, unit, (sum(experts for *_, experts in members), k, length))
+        shape = sum(experts for *_, experts in members), k, length
+        slot = buckets.slot(group, device, unit, shape, by_length=where == "right")
         first = 0
         for index, where, experts in members:
             views.setdefault(index, {})[where] = View(slot, (first, first + experts), (0, length))
@@ -257,7 +268,7 @@ def _of_interval(target: Target, interval: Interval, rows: BasisRows, buckets: B
             owned = start <= expert * height * width < stop
             pieces["left"].append(Piece(view, (expert, expert + 1), (0, width), owned))
     if k["right"] and cut_rows:
-        shared["right"] = buckets.slot(group, device, unit, (1, k["right"], len(cut_rows)))
+        shared["right"] = buckets.slot(group, device, unit, (1, k["right"], len(cut_rows)), by_length=True)
         for index in _touched(cut_rows, interval.span, width):
             row = cut_rows[index]
             view = View(shared["right"], (0, 1), (index, index + 1))
@@ -291,7 +302,7 @@ def _of_interval(target: Target, interval: Interval, rows: BasisRows, buckets: B
                 right_view = View(shared["right"], (0, 1), (index, index + 1))
             else:
                 shape = experts[1] - experts[0], every.shape[2], box.size[1]
-                right_view = _whole(buckets.slot(None, device, unit, shape))
+                right_view = _whole(buckets.slot(None, device, unit, shape, by_length=True))
                 pieces["right"].append(Piece(right_view, experts, box.rows, True))
         if left is not None and every is not None:
             overlaps.setdefault(experts, Overlap(whole[experts], every))

@@ -61,7 +61,7 @@ class Pins:
             pieces = entry.pieces[where]
             if isinstance(entry.fragment, Block):
                 (piece,) = pieces
-                pin = piece.view.of(self.flats)
+                pin = piece.view.of(self.flats).contiguous()
                 if entry.fragment.distribute is None:
                     state[name] = pin if entry.fragment.shape[0] > 1 else pin[0]
                 else:

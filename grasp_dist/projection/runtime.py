@@ -4,7 +4,8 @@ For a box M (r, c) of a fragment, with basis rows P (r, k_l) and Q (c, k_r):
 
     sketch   C = P^T M,  D^T = Q^T M^T           summed over the ranks that hold the other rows (C) or columns (D)
     minus the pins, in a pin pass                (a gradient's pins are zero)
-    apply    M <- M - P (C - E Q^T) - D Q^T      E = C Q, P^T D, or a sum of its own: see `layout.Overlap`
+    apply    M <- M - P (C - E Q^T) - D Q^T      E = C Q, P^T D, or a sum of its own: see `layout.Overlap`;
+                                                 of a large box as one product, [P, D] [C - E Q^T; Q^T]
 
 A group's all-reduce is started as soon as its sketches are made and travels while the others are made. Arithmetic is
 fp32 (fp64 for fp64 parameters) and never TF32. Half-precision tensors pass through a bounded scratch buffer and are

@@ -15,10 +15,14 @@ from grasp_dist.projection.batches import Batch
 from grasp_dist.projection.layout import Entry, Overlap, Part, View
 from grasp_dist.projection.plan import Plan
 
-__all__ = ["SCRATCH_NUMEL", "BatchWork", "EntryWork", "Scratch", "Source"]
+__all__ = ["FUSED_FROM", "SCRATCH_NUMEL", "BatchWork", "EntryWork", "Scratch", "Source"]
 
 SCRATCH_NUMEL = 1 << 22
 """Most numbers in the scratch buffer for half-precision tensors (16 MB in fp32); a longer row makes it longer."""
+
+FUSED_FROM = 1 << 18
+"""Numbers in the smallest box of which both sides are subtracted as one product, P and D side by side: the box passes
+through the processor's cache once less, for copies of what is as long as it but k thin. (On a GPU an estimate.)"""
 
 Source = Tensor | None
 """A fragment's local storage; None stands for zeros that are left alone (this rank has no gradient), and the rank still
@@ -50,11 +54,19 @@ class Scratch:
 
     def room(self, shape: Sequence[int], device: torch.device) -> Tensor:
         """Memory whose content the next call may overwrite."""
-        numel = math.prod(shape)
+        return self._flat(math.prod(shape), device).view(*shape)
+
+    def rooms(self, one: Sequence[int], other: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+        """The same for two tensors at a time."""
+        first, second = math.prod(one), math.prod(other)
+        buffer = self._flat(first + second, device)
+        return buffer[:first].view(*one), buffer[first:].view(*other)
+
+    def _flat(self, numel: int, device: torch.device) -> Tensor:
         buffer = self._buffers.get(device)
         if buffer is None or buffer.numel() < numel:
             self._buffers[device] = buffer = torch.empty(numel, dtype=self.dtype, device=device)
-        return buffer[:numel].view(*shape)
+        return buffer[:numel]
 
 
 class _Side:
@@ -75,9 +87,10 @@ class _Side:
 class _Step:
     """One box's share of a pass. For small matrices the interpreter's time is the cost, so nothing is looked up."""
 
-    __slots__ = ("_add", "_product", "device", "left", "offset", "right", "size", "stacked")
+    __slots__ = ("_add", "_fused", "_product", "device", "left", "offset", "right", "size", "stacked")
 
-    def __init__(self, part: Part, flats: Sequence[Tensor], plan: Plan) -> None:
+    def __init__(self, part: Part, flats: Sequence[Tensor], plan: Plan, *, in_scratch: bool = False) -> None:
+        """in_scratch: whether the box lies in the scratch memory itself."""
         self.offset = part.offset
         experts = part.box.size[0]
         sides = [
@@ -94,6 +107,7 @@ class _Step:
             self.size = part.box.size[1:]
             self._product, self._add = torch.mm, Tensor.addmm_
         self.left, self.right = sides
+        self._fused = part.box.numel >= FUSED_FROM and not in_scratch
 
     def view(self, source: Tensor) -> Tensor:
         """The box in the local storage, (rows, columns) or (experts, rows, columns)."""
@@ -113,11 +127,20 @@ class _Step:
         if right is not None and (only is None or right.summed is only):
             self._product(right.basis_T, box.mT, out=right.sketch)
 
-    def apply(self, box: Tensor) -> None:
-        if self.left is not None:
-            self._add(box, self.left.basis, self.left.sketch, alpha=-1)
-        if self.right is not None:
-            self._add(box, self.right.sketch_T, self.right.basis_T, alpha=-1)
+    def apply(self, box: Tensor, scratch: Scratch) -> None:
+        left, right = self.left, self.right
+        if left is not None and right is not None and self._fused:
+            *experts, rows, columns = self.size
+            k = left.basis.shape[-1] + right.basis.shape[-1]
+            tall, wide = scratch.rooms((*experts, rows, k), (*experts, k, columns), self.device)
+            torch.cat((left.basis, right.sketch_T), -1, out=tall)
+            torch.cat((left.sketch, right.basis_T), -2, out=wide)
+            self._add(box, tall, wide, alpha=-1)
+            return
+        if left is not None:
+            self._add(box, left.basis, left.sketch, alpha=-1)
+        if right is not None:
+            self._add(box, right.sketch_T, right.basis_T, alpha=-1)
 
     def clear(self) -> None:
         """The sketches of zeros; sums to which others add are zero already."""
@@ -225,7 +248,7 @@ class EntryWork:
             overlap.take_out()
         for step in self._steps:
             if source.dtype is self._dtype:
-                step.apply(step.view(source))
+                step.apply(step.view(source), self._scratch)
             else:
                 step.apply_rounded(step.view(source), self._scratch)
 
@@ -236,7 +259,7 @@ class BatchWork:
     def __init__(self, batch: Batch, flats: Sequence[Tensor], plan: Plan, scratch: Scratch) -> None:
         self._members, self.unit = batch.members, plan.entries[batch.members[0]].fragment.unit
         self._size, self._scratch = batch.part.box.size, scratch
-        self._step = _Step(batch.part, flats, plan)
+        self._step = _Step(batch.part, flats, plan, in_scratch=True)
         overlaps = () if batch.overlap is None else (batch.overlap,)
         self._overlaps = [_OverlapStep(overlap, flats) for overlap in overlaps]
         self.summed_in = _summed_in((batch.part,), overlaps, plan)
@@ -256,7 +279,7 @@ class BatchWork:
         for overlap in self._overlaps:
             overlap.take_out()
         stack, here, copies = self._load(sources)
-        self._step.apply(stack)
+        self._step.apply(stack, self._scratch)
         if here:
             torch._foreach_copy_(here, copies)
 

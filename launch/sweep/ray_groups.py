@@ -67,6 +67,9 @@ def require_ray(cluster: Cluster) -> None:
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its tables come again with every restored sweep
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about a run is sent to anyone
+    if cluster.address == "local":
+        # No node to lose: a process less for each trial to start. (Train hands it on to its controllers.)
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         import ray.train.torch
         import ray.tune  # noqa: F401
@@ -94,7 +97,7 @@ def connected(cluster: Cluster, group: Group) -> Iterator[None]:
         # What the processes print is mixed and full of Ray's own; how far each is stands in the run directory.
         ray.init(
             address=cluster.address,
-            runtime_env={"env_vars": variables},
+            runtime_env={"env_vars": variables, "worker_process_setup_hook": "grasp_dist.process.set_up_process"},
             log_to_driver=False,
             logging_level=logging.WARNING,
             **own,
@@ -177,10 +180,8 @@ def train(group: Group, name: str, stages: tuple[str, ...], tasks: Sequence[str]
 
 def _work(settings: dict[str, Any]) -> None:
     """What each process of a group does. Ray has made the process group, and set RANK, LOCAL_RANK and WORLD_SIZE."""
-    from grasp_dist.process import set_up_process
     from grasp_dist.stages import work
 
-    set_up_process()
     group = Group(**settings["group"])
     config = group.config()
     if os.environ["RANK"] == "0":

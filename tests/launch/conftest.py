@@ -57,6 +57,6 @@ def slurm(slurm_session, monkeypatch) -> Iterator[SlurmCluster]:
 def uninterrupted(organism, tmp_path_factory) -> Path:
     """The run directory of the same pipeline, run here by two processes."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = grasp_dist("run", write_launch_config(organism, folder), "--nproc", 2, timeout=500)
+    done = grasp_dist("run", write_launch_config(organism, folder), nproc=2)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run"
