@@ -53,7 +53,7 @@ class Pins:
     def state_dict(self) -> dict[str, Tensor]:
         """{"<parameter>.write" | "<parameter>.read": (k, length), or (experts, k, length) of a stack}; collective.
 
-        A DTensor where this rank holds a block of it; whole elsewhere.
+        Copies: a DTensor where this rank holds a block of it; whole elsewhere.
         """
         state: dict[str, Tensor] = {}
         loose: list[tuple[str, tuple[dist.ProcessGroup | None, Tensor]]] = []
@@ -61,7 +61,7 @@ class Pins:
             pieces = entry.pieces[where]
             if isinstance(entry.fragment, Block):
                 (piece,) = pieces
-                pin = piece.view.of(self.flats).contiguous()
+                pin = piece.view.of(self.flats).clone(memory_format=torch.contiguous_format)
                 if entry.fragment.distribute is None:
                     state[name] = pin if entry.fragment.shape[0] > 1 else pin[0]
                 else:
