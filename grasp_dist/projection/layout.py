@@ -219,10 +219,10 @@ def _views_of_blocks(pairs: Sequence[tuple[Target, Fragment]], buckets: Buckets)
                 key = where, group, fragment.storage.weight().device, k, length, fragment.shape, k_left, k_right
                 wanted.setdefault(key, []).append((index, where, experts))
     views: dict[int, dict[str, View]] = {}
-    for (_, group, device, k, length, *_), members in wanted.items():
+    for (kind, group, device, k, length, *_), members in wanted.items():
         unit = pairs[0][1].unit
         shape = sum(experts for *_, experts in members), k, length
-        slot = buckets.slot(group, device, unit, shape, by_length=where == "right")
+        slot = buckets.slot(group, device, unit, shape, by_length=kind == "right")
         first = 0
         for index, where, experts in members:
             views.setdefault(index, {})[where] = View(slot, (first, first + experts), (0, length))
