@@ -16,7 +16,6 @@ from tests.launch.launching import (
     CLUSTER,
     EVERY,
     STEPS,
-    TRAINED,
     Interrupter,
     assert_same_results,
     assert_same_training,
@@ -28,7 +27,8 @@ from tests.launch.launching import (
 )
 
 pytestmark = pytest.mark.slow
-SCORED = ("evaluate/grasp/seed-0", "evaluate/base")
+INTERRUPTED = ("naive/seed-0", "detect", "project/grasp/seed-0")
+SCORED = "evaluate/grasp/seed-0"
 
 
 def test_preempted_at_three_points_in_each_stage(slurm, organism, tmp_path, uninterrupted, capfd):
@@ -36,21 +36,21 @@ def test_preempted_at_three_points_in_each_stage(slurm, organism, tmp_path, unin
     record = launch(config, "slurm-cpu", CLUSTER)
     assert record is not None
     interrupter = Interrupter(slurm, tmp_path / "run", elements(record))
-    for task in TRAINED:
+    for task in INTERRUPTED:
         interrupter.at_step(task, 30, "scancel", "--signal=USR1")
         interrupter.at_step(task, 90, "scancel", "--signal=TERM")
         interrupter.at_step(task, 150, "scontrol", "requeue")
-    for task in SCORED:
-        interrupter.at_start(task, 0, "scontrol", "requeue")
-        interrupter.at_start(task, 1, "scontrol", "requeue")
-        interrupter.in_work(task, "scontrol", "requeue")
+    interrupter.at_start(SCORED, 0, "scontrol", "requeue")
+    interrupter.at_start(SCORED, 1, "scontrol", "requeue")
+    interrupter.in_work(SCORED, "scontrol", "requeue")
     for number in range(3):
         interrupter.at_start("report", number, "scontrol", "requeue")
     interrupter.watch()
     said = logs_of(record.folder)
     run = tmp_path / "run"
     assert (run / "report" / "report.html").is_file(), said
-    for task in TRAINED:
+    assert manifest(run, "project/random/seed-0")["starts"] == 1
+    for task in INTERRUPTED:
         assert manifest(run, task)["starts"] == 4, "three interruptions, and nothing that was finished again"
         title = re.escape(task)
         saved = [int(step) for step in re.findall(r"saved behind step (\d+)", _logs_of_task(record, task))]
@@ -59,7 +59,7 @@ def test_preempted_at_three_points_in_each_stage(slurm, organism, tmp_path, unin
         assert continued[:2] == saved[:2]
         # A save in the background has until the next one to be done.
         assert continued[2] >= 150 // EVERY * EVERY - EVERY
-    for task in (*SCORED, "evaluate/random/seed-0", "report"):
+    for task in (SCORED, "evaluate/random/seed-0", "report"):
         # An evaluation that ends while Slurm waits with its SIGKILL is finished, and skipped by the next start.
         begun = len(re.findall(rf"^{task}: ", _logs_of_task(record, task), re.MULTILINE)) or 1
         assert manifest(run, task)["starts"] == begun
