@@ -18,6 +18,7 @@ pytest.importorskip("ray.tune", reason="needs ray[train,tune]")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # each trial starts seven processes of Ray's
 def test_killed_drivers_and_workers_lose_nothing(organism, tmp_path, ray):
     """5 ranks x 2 seeds, with a random control: the driver is killed twice, a worker once."""
     tree = tiny_config(organism, tmp_path / "run")
