@@ -15,6 +15,7 @@ from grasp_dist.launch.commands_doctor import doctor_command
 from grasp_dist.launch.commands_launch import launch
 from grasp_dist.launch.commands_status import cancel, logs, status
 from grasp_dist.launch.commands_sweep import sweep
+from grasp_dist.misalignment_cli import misalignment
 
 __all__ = ["app", "main"]
 
@@ -273,6 +274,7 @@ app.command(name="doctor", epilog=_CLUSTER_OVERRIDES, rich_help_panel=_CLUSTERS)
 for _command in (status, logs, cancel):
     app.command(rich_help_panel=_CLUSTERS)(_command)
 app.command(rich_help_panel=_LOOKING)(export)
+app.command(rich_help_panel=_LOOKING)(misalignment)
 app.add_typer(checkpoint, name="checkpoint", rich_help_panel=_LOOKING)
 app.add_typer(organism, name="organism", rich_help_panel=_LOOKING)
 
