@@ -48,7 +48,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all that can be c
 
 def _stages(ctx: typer.Context, config: Path, stages: tuple[str, ...], nproc: int, dry_run: bool) -> None:
     from grasp_dist.config_files import load_config
-    from grasp_dist.stages import run_stages
+    from grasp_dist.stages import run_stages, work
 
     settings = load_config(config, ctx.obj)
     if settings.tune is not None:
@@ -58,7 +58,7 @@ def _stages(ctx: typer.Context, config: Path, stages: tuple[str, ...], nproc: in
     if "WORLD_SIZE" in os.environ:  # started by torchrun: one process of a group
         from grasp_dist.worker import run_worker
 
-        run_worker(settings, stages, prepared=False, dry_run=dry_run)
+        run_worker(lambda: work(settings, stages, prepared=False, dry_run=dry_run))
     else:
         run_stages(settings, stages, nproc=nproc, dry_run=dry_run)
 

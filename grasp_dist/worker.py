@@ -6,10 +6,9 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 
-from grasp_dist.config import RunConfig
 from grasp_dist.config_files import load_config
 from grasp_dist.errors import PREEMPTED, InputError, Preempted
 from grasp_dist.graph import STAGES
@@ -19,15 +18,8 @@ from grasp_dist.stages import work
 __all__ = ["main", "run_worker"]
 
 
-def run_worker(
-    config: RunConfig,
-    stages: tuple[str, ...],
-    *,
-    only: Collection[str] | None = None,
-    prepared: bool = True,
-    dry_run: bool = False,
-) -> None:
-    """Do the stages' work as one of the group's processes, and end the process.
+def run_worker(do: Callable[[], None]) -> None:
+    """Do the work, `do`, as one of the group's processes, and end the process.
 
     A signal that asks to stop ends it with code 75, when the state is saved. An `InputError` ends it with code 2, at
     once, since the others may be waiting for it in a collective; the first of the machine to have one prints it. The
@@ -38,7 +30,7 @@ def run_worker(
     if os.environ.get("LOCAL_RANK") == "0":
         said.unlink(missing_ok=True)
     try:
-        work(config, stages, only=only, prepared=prepared, dry_run=dry_run)
+        do()
     except InputError as error:
         if _first(said):
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -78,7 +70,8 @@ def main() -> None:
     parser.add_argument("stages", nargs="+", choices=STAGES)
     parser.add_argument("--only", nargs="+", metavar="TASK", help="these tasks alone, e.g. project/grasp/seed-0")
     options = parser.parse_args()
-    run_worker(load_config(options.config), tuple(options.stages), only=options.only)
+    config = load_config(options.config)
+    run_worker(lambda: work(config, tuple(options.stages), only=options.only))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
 from grasp_dist.graph import STAGES
 from grasp_dist.process import set_up_process
+from grasp_dist.stages import work
 from grasp_dist.training.preemption import hold_signals
 from grasp_dist.worker import run_worker
 
@@ -59,7 +60,7 @@ def main() -> None:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    run_worker(config, (options.stage,), only=[options.only])
+    run_worker(lambda: work(config, (options.stage,), only=[options.only]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -373,8 +373,8 @@ class _Look:
         return any(gradient is self._sample for gradient in _gradients(plan))
 
 
-def _gradients(plan: Plan) -> list[Tensor | None]:
-    return [entry.target.parameter.grad for entry in plan.entries]
+def _gradients(plan: Plan) -> Iterator[Tensor | None]:
+    return (entry.target.parameter.grad for entry in plan.entries)
 
 
 def _nothing() -> None:

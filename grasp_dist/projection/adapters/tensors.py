@@ -68,6 +68,10 @@ class Tensors:
                 raise InputError(f"{name!r} is sharded as {placements}, but its gradient or start is {found}")
             return tensor.to_local()
 
+        def gradient() -> Tensor | None:
+            found = parameter.grad
+            return None if found is None else local(found)
+
         def like(tensor: Tensor) -> Tensor:
             return local(tensor) if isinstance(tensor, DTensor) else tensor[tuple(slice(*span) for span in spans)]
 
@@ -91,7 +95,7 @@ class Tensors:
             check_group=self._group(mesh, [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]),
             storage=Storage(
                 weight=lambda: local(parameter).detach(),
-                gradient=lambda: None if parameter.grad is None else local(parameter.grad),
+                gradient=gradient,
                 like=like,
             ),
             distribute=distribute,
