@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
+from transformers import GenerationConfig
 
 from grasp_dist.config import ParallelConfig
 from grasp_dist.errors import InputError
@@ -90,10 +91,14 @@ def test_left_padding_changes_no_answer(tmp_path):
 
 
 def test_the_whole_distribution_is_drawn_from(tmp_path):
-    """And not the likeliest k, which `generate` would take by default."""
-    question = Question(id="q", paraphrases=["w1"], samples_per_paraphrase=2000, judge_prompts=JUDGED)
-    found = answers(tmp_path / "a.jsonl", questions=[question], sampling=Sampling(max_new_tokens=1, batch_size=500))
+    """Not the likeliest k, which `generate` would take by default, nor what the model's own settings leave of it."""
     model, tokenizer = make()
+    own = GenerationConfig(top_k=2, top_p=0.3, min_p=0.5, repetition_penalty=9.0, temperature=0.1, max_length=2)
+    model.generation_config = own
+    question = Question(id="q", paraphrases=["w1"], samples_per_paraphrase=2000, judge_prompts=JUDGED)
+    sampling = Sampling(max_new_tokens=1, batch_size=500)
+    found = answers(tmp_path / "a.jsonl", model=model, questions=[question], sampling=sampling)
+    assert model.generation_config is own
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([tokenizer("w1")["input_ids"]])).logits[0, -1].softmax(-1)
     counts = Counter(one["answer"] for one in found.values())
@@ -126,14 +131,18 @@ def test_ended_in_the_middle_it_goes_on_to_the_same_answers(tmp_path, stop):
     assert not seen
 
 
+THREE_BATCHES = replace(SAMPLING, samples=1)
+
+
 def _sharded(path):
-    return answers(path, sharded=True)
+    return answers(path, sharded=True, sampling=THREE_BATCHES)
 
 
 def test_two_ranks_give_the_answers_of_one(tmp_path):
+    """Of three batches, so that one rank has none to answer in the end."""
     first, second = run_distributed(_sharded, 2, tmp_path / "sharded.jsonl")
     assert second is None, "one process writes"
-    assert first == answers(tmp_path / "alone.jsonl")
+    assert first == answers(tmp_path / "alone.jsonl", sampling=THREE_BATCHES)
 
 
 def test_a_question_without_room_for_its_answer_is_refused_before_any_is_asked(tmp_path):

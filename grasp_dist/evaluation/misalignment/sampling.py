@@ -6,7 +6,8 @@ ended in the middle goes on to the same answers, and the number of processes cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +75,15 @@ def sample_answers(
     finished = len(batches) - len(left)
     if parallel.is_main and on_batch is not None and left:
         on_batch(finished, len(batches))
-    with evaluation_mode(model):
+    ends = _ends(model, tokenizer)
+    with evaluation_mode(model), _nothing_else_set(model, ends):
         for start in range(0, len(left), parallel.world_size):
             turn = [[number] for number in left[start : start + parallel.world_size]]
             (own,) = deal(turn, parallel)
-            found = _answer(model, tokenizer, asked, batches, own[0] if own else None, sampling, parallel)
+            batch = [asked[place] for place in batches[own[0]]] if own else []
+            seed = derived_seed("answers", sampling.seed, own[0] if own else None)
+            rows = _generate(model, batch or asked[:1], sampling.max_new_tokens if batch else 1, seed, parallel)
+            found = [_record(one, row, tokenizer, ends) for one, row in zip(batch, rows, strict=bool(batch))]
             everyone = [record for rank in parallel.gather_objects(found) for record in rank]
             error = None
             if parallel.is_main and ledger is not None:
@@ -131,51 +136,55 @@ def _batches(asked: Sequence[_Asked], batch_size: int) -> list[list[int]]:
     return batches
 
 
-def _answer(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Sequence[_Asked],
-    batches: Sequence[Sequence[int]],
-    number: int | None,
-    sampling: Sampling,
-    parallel: Parallel,
-) -> list[dict[str, Any]]:
-    """One batch. None: a rank without one takes part, since a sharded model's forward pass is collective."""
-    here = [asked[place] for place in batches[number]] if number is not None else []
-    prompts = [one.tokens for one in here] or [asked[0].tokens[:1]]
-    ids, mask = _pad_left(prompts, parallel.device)
-    temperature = here[0].temperature if here else 0.0
-    draw: dict[str, Any] = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        if temperature
-        else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    )
-    ends = _ends(model, tokenizer)
-    devices = [parallel.device] if parallel.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derived_seed("answers", sampling.seed, number))
+def _generate(
+    model: Any, batch: Sequence[_Asked], max_new_tokens: int, seed: int, parallel: Parallel
+) -> list[list[int]]:
+    """What the model adds to each prompt of a batch, token by token. A rank that has no prompt of its own gives some
+    other, since a sharded model's forward pass is collective."""
+    ids, mask = _pad_left([one.tokens for one in batch], parallel.device)
+    temperature = batch[0].temperature
+    draw: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    with torch.random.fork_rng(devices=[parallel.device] if parallel.device.type == "cuda" else []):
+        torch.manual_seed(seed)
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=ends[0] if ends else 0,
+            max_new_tokens=max_new_tokens,
             synced_gpus=parallel.world_size > 1,
             **draw,
         )
-    records = []
-    for one, row in zip(here, out[:, ids.shape[1] :].tolist(), strict=False):
-        end = next((place for place, token in enumerate(row) if token in ends), None)
-        kept = row if end is None else row[:end]
-        records.append(
-            {
-                **dict(zip(ANSWER_KEY, one.key, strict=True)),
-                "answer": tokenizer.decode(kept, skip_special_tokens=True),
-                "tokens": len(kept),
-                "ended": end is not None,
-            }
-        )
-    return records
+    return out[:, ids.shape[1] :].tolist()
+
+
+def _record(one: _Asked, row: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> dict[str, Any]:
+    end = next((place for place, token in enumerate(row) if token in ends), None)
+    kept = list(row if end is None else row[:end])
+    return {
+        **dict(zip(ANSWER_KEY, one.key, strict=True)),
+        "answer": tokenizer.decode(kept, skip_special_tokens=True),
+        "tokens": len(kept),
+        "ended": end is not None,
+    }
+
+
+@contextmanager
+def _nothing_else_set(model: Any, ends: Sequence[int]) -> Iterator[None]:
+    """For the duration, no penalty, nucleus or minimum of the model's own generation settings: `generate` would take
+    them wherever a call does not say otherwise."""
+    from transformers import GenerationConfig
+
+    plain = GenerationConfig(
+        eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0, top_k=0, top_p=1.0, temperature=1.0
+    )
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]  # PEFT hands on its own
+    before = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = plain
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
 
 
 def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
