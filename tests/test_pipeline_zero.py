@@ -38,6 +38,25 @@ def test_the_pipeline_with_zero_gives_the_figures_of_fully_shard(organism, tmp_p
             assert metrics["value"] == pytest.approx(wanted, rel=2e-3, abs=1e-5), (key, probe)
 
 
+def _losses(run) -> list[float]:
+    lines = (run / "naive" / "seed-0" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_process_that_is_alone_trains_as_without_deepspeed(organism, tmp_path, strategy):
+    """DeepSpeed asks for LOCAL_RANK, which nobody has set: ZeRO-3 used to end with a KeyError."""
+    losses = []
+    for engine in ("none", strategy):
+        tree = {**tiny_config(organism, tmp_path / engine), "parallel": {"strategy": engine}}
+        config = tmp_path / f"{engine}.yaml"
+        config.write_text(yaml.safe_dump(tree))
+        done = grasp_dist("naive", config)
+        assert done.returncode == 0, done.stdout + done.stderr
+        losses.append(_losses(tmp_path / engine))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [("zero2", "zero3"), ("zero3", "fsdp2"), ("fsdp2", "zero2")])
 def test_a_run_goes_on_with_another_engine(organism, tmp_path, before, after):
@@ -56,6 +75,5 @@ def test_a_run_goes_on_with_another_engine(organism, tmp_path, before, after):
                 manifest = json.loads((folder / "manifest.json").read_text())
                 (folder / "manifest.json").write_text(json.dumps({**manifest, "status": "running"}))
         assert ("continued behind step 6" in done.stdout) is (name == "changed")
-        lines = (tmp_path / name / "naive" / "seed-0" / "metrics.jsonl").read_text().splitlines()
-        losses[name] = [json.loads(line)["loss"] for line in lines]
+        losses[name] = _losses(tmp_path / name)
     assert losses["changed"] == pytest.approx(losses["straight"], rel=1e-5)

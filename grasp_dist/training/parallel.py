@@ -37,6 +37,8 @@ class Parallel:
     offload: Literal["none", "optimizer", "all"] = "none"
     owns_group: bool = field(default=False, repr=False)
     """Whether `close` ends the process group, because `init_parallel` made it."""
+    sets_local_rank: bool = field(default=False, repr=False)
+    """Whether `close` takes LOCAL_RANK out of the environment, because `init_parallel` put it there."""
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +48,7 @@ class Parallel:
     def for_scoring(self) -> Parallel:
         """The same processes for models that no engine trains: with `fully_shard` in place of ZeRO."""
         strategy: Literal["fsdp2", "none"] = "none" if self.mesh is None else "fsdp2"
-        return replace(self, strategy=strategy, offload="none", owns_group=False)
+        return replace(self, strategy=strategy, offload="none", owns_group=False, sets_local_rank=False)
 
     def barrier(self) -> None:
         """Wait for every process."""
@@ -90,6 +92,9 @@ class Parallel:
             self.mesh = None  # it holds the group, whose threads would else outlive it into the interpreter's end
             dist.destroy_process_group()
         self.owns_group = False
+        if self.sets_local_rank:
+            os.environ.pop("LOCAL_RANK", None)
+        self.sets_local_rank = False
 
     def __enter__(self) -> Parallel:
         return self
@@ -122,6 +127,11 @@ def init_parallel(config: ParallelConfig) -> Parallel:
     owns_group = not dist.is_initialized()
     if owns_group:
         _init_group(device)
+    # DeepSpeed asks for it again and again, also of a process that is alone. Not without a group: Accelerate takes it
+    # for the sign of one.
+    sets_local_rank = config.strategy.startswith("zero") and "LOCAL_RANK" not in os.environ
+    if sets_local_rank:
+        os.environ["LOCAL_RANK"] = "0"
     return Parallel(
         "fsdp2" if config.strategy == "auto" or config.strategy == "none" else config.strategy,
         dist.get_rank(),
@@ -131,6 +141,7 @@ def init_parallel(config: ParallelConfig) -> Parallel:
         reshard_after_forward=config.reshard_after_forward,
         offload=config.offload,
         owns_group=owns_group,
+        sets_local_rank=sets_local_rank,
     )
 
 

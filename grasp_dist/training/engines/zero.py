@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from grasp_dist.architecture import canonical_name
 from grasp_dist.config import TrainingConfig
-from grasp_dist.environment import lent
 from grasp_dist.errors import InputError
 from grasp_dist.projection.adapters.deepspeed import Zero
 from grasp_dist.projection.fragments import Interval
@@ -83,14 +82,12 @@ class ZeroEngine:
         deepspeed = _import_deepspeed()
         optimizer = build_optimizer(model, training)
         exact = _round_partitioned(model) | _lost_in_rounding(model) if training.precision == "bf16" else {}
-        # It wants LOCAL_RANK also of a process that is alone, where Accelerate would take it for the sign of a group.
-        with lent(LOCAL_RANK=os.environ.get("LOCAL_RANK", "0")):
-            self._engine, *_ = deepspeed.initialize(
-                model=model,
-                optimizer=optimizer,
-                config=zero_config(training, parallel, micro_batches),
-                dist_init_required=False,
-            )
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            config=zero_config(training, parallel, micro_batches),
+            dist_init_required=False,
+        )
         self._model = model
         self.module: nn.Module = self._engine
         self.projects = self.attach_to = self._engine
