@@ -49,7 +49,7 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow -n 2 --dist loadfile --durations=15
 
-faults: $(VENV)/.installed-dev  ## injected faults, all of them, and their table; about a quarter of an hour (SHARE=0.1: a tenth)
+faults: $(VENV)/.installed-dev  ## injected faults, all of them, and their table; about 25 minutes on 2 cores (SHARE=0.1: a tenth)
 	$(BIN)/python -m tests.faults --share $(SHARE)
 
 lint: $(VENV)/.installed-dev
