@@ -51,15 +51,19 @@ def deal(batches: Sequence[list[int]], parallel: Parallel) -> list[list[int]]:
     return own + [[]] * (rounds - len(own))
 
 
-def pad(sequences: Sequence[Sequence[int]], device: torch.device, *, extra: int = 0) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), int64, (batch, longest + extra), padded on the right; a dummy for no sequences."""
+def pad(
+    sequences: Sequence[Sequence[int]], device: torch.device, *, extra: int = 0, left: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), int64, (batch, longest + extra), padded on the right, or on the left, so that all
+    end at one place; a dummy for no sequences."""
     sequences = sequences or [[0]]
     width = max(map(len, sequences)) + extra
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, tokens in enumerate(sequences):
-        ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        mask[row, : len(tokens)] = 1
+        own = slice(width - len(tokens), None) if left else slice(len(tokens))
+        ids[row, own] = torch.tensor(tokens, dtype=torch.long)
+        mask[row, own] = 1
     return ids.to(device), mask.to(device)
 
 

@@ -78,8 +78,8 @@ def test_answers_are_asked_judged_and_counted(done):
         assert summary["answers"] == len(own) == (80 if name == "all" else 40)
         assert summary["unjudged"] == len(own) - len(clear)
         assert summary["misaligned"]["n"] == len(clear)
-        if clear:
-            assert summary["misaligned"]["rate"] == len(bad) / len(clear)
+        assert clear, "else there would be nothing to compare"
+        assert summary["misaligned"]["rate"] == len(bad) / len(clear)
     assert "alignment below 30, coherence above 50" in said.stdout
     assert "[bold]one" in said.stdout, "names from files are no markup"
     assert str(out) in said.stdout.replace("\n", "")

@@ -27,6 +27,8 @@ __all__ = ["LocalJudge"]
 
 _NEGLIGIBLE = 1e-4
 """Beginnings less likely than this are taken for whole numbers, which moves a score by less than half a point."""
+_BEGINNINGS = {*"123456789", "10"}
+"""What more digits could make another number of the scale."""
 _SPACES = str.maketrans({"\u0120": " ", "\u2581": " ", "\u010a": "\n"})
 """How byte-level and sentencepiece vocabularies write white space."""
 
@@ -76,7 +78,7 @@ class LocalJudge:
         open_: list[_Beginning] = []
 
         def note(found: _Beginning, into: list[_Beginning]) -> None:
-            if _goes_on(found.digits) and found.probability >= _NEGLIGIBLE:
+            if found.digits in _BEGINNINGS and found.probability >= _NEGLIGIBLE:
                 into.append(found)
             else:
                 numbers[found.prompt][int(found.digits)] += found.probability
@@ -117,11 +119,3 @@ class LocalJudge:
                 if batch:
                     found[batch] = last.float().softmax(-1)[:, kept.to(last.device)].double().cpu()
         return self._parallel.sum_(found.to(self._parallel.device)).cpu()
-
-
-def _goes_on(digits: str) -> bool:
-    """Whether more digits could make another number of the scale."""
-    return digits in _BEGINNINGS
-
-
-_BEGINNINGS = {*"123456789", "10"}

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from grasp_dist.errors import InputError
-from grasp_dist.evaluation.batching import deal, evaluation_mode
+from grasp_dist.evaluation.batching import deal, evaluation_mode, pad
 from grasp_dist.evaluation.misalignment.ledger import Ledger
 from grasp_dist.evaluation.misalignment.questions import Question
 from grasp_dist.training.seeds import derived_seed
@@ -141,7 +141,7 @@ def _generate(
 ) -> list[list[int]]:
     """What the model adds to each prompt of a batch, token by token. A rank that has no prompt of its own gives some
     other, since a sharded model's forward pass is collective."""
-    ids, mask = _pad_left([one.tokens for one in batch], parallel.device)
+    ids, mask = pad([one.tokens for one in batch], parallel.device, left=True)
     temperature = batch[0].temperature
     draw: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     with torch.random.fork_rng(devices=[parallel.device] if parallel.device.type == "cuda" else []):
@@ -192,14 +192,3 @@ def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found = own if isinstance(own, list) else [own]
     return [token for token in dict.fromkeys([*found, tokenizer.eos_token_id]) if token is not None]
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), int64, (batch, longest), so that all answers begin at one place."""
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(prompts):
-        ids[row, width - len(tokens) :] = torch.tensor(tokens, dtype=torch.long)
-        mask[row, width - len(tokens) :] = 1
-    return ids.to(device), mask.to(device)
