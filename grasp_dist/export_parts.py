@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Trained", "adapter_parts", "kept_parts", "model_parts"]
 
-_BLOCK = 16 << 20
+_BLOCK = 8 << 20
 """Bytes of a weight that are in memory at once, in fp32; one row if that is more."""
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
