@@ -10,6 +10,8 @@ ORGANISMS := runs/organisms
 # Optimizers of these packages are tested, but peft imports them wherever it finds them, which would make each of the
 # tests' processes start 3 seconds later: they are kept apart, where the tests that need them look.
 OPTIMIZERS := $(VENV)/optimizers
+# Python compiles what it imports, which is less than half of what is installed.
+PIP := $(BIN)/pip --quiet --disable-pip-version-check install --no-compile -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -18,13 +20,12 @@ unexport PYTHONDONTWRITEBYTECODE
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "grasp_dist needs Python >= 3.10; run: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(PIP) -e .
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt --upgrade --no-deps \
-	  --target $(OPTIMIZERS) bitsandbytes torchao
+	$(PIP) -e '.[dev]'
+	$(PIP) --upgrade --no-deps --target $(OPTIMIZERS) bitsandbytes torchao
 	touch $@
 
 run: $(VENV)/.installed  ## the main job on the embedded organism, with 2 processes and FSDP2

@@ -152,13 +152,16 @@ def _tune(
         tune.report(objectives(config, trials))
 
     # A driver only waits, and takes no CPU from the trials: it asks for one byte, since it has to ask for something.
+    # One that has finished takes the next trial: a process less to start.
     driver = tune.with_resources(drive, {"memory": 1})
     tuner = restored(folder, driver)
     if tuner is None:
         tuner = tune.Tuner(
             driver,
             param_space=space,
-            tune_config=tune.TuneConfig(trial_name_creator=_called, trial_dirname_creator=_folder_name, **how),
+            tune_config=tune.TuneConfig(
+                trial_name_creator=_called, trial_dirname_creator=_folder_name, reuse_actors=True, **how
+            ),
             run_config=tune.RunConfig(
                 name=folder.name, storage_path=str(folder.parent), callbacks=[_progress()], verbose=0
             ),
