@@ -24,6 +24,11 @@ FUSED_FROM = 1 << 18
 """Numbers in the smallest box of which both sides are subtracted as one product, P and D side by side: the box passes
 through the processor's cache once less, for copies of what is as long as it but k thin. (On a GPU an estimate.)"""
 
+SLABS_FROM = 1 << 20
+"""Numbers in the smallest matrix of which the left sketch is summed over slabs of rows, on the CPU: BLAS multiplies a
+thin matrix by slabs that lie in the processor's cache at twice the speed (benchmarks/README.md, "Thin products")."""
+SLAB_ROWS = 32
+
 Source = Tensor | None
 """A fragment's local storage; None stands for zeros that are left alone (this rank has no gradient), and the rank still
 takes part in the sums."""
@@ -87,7 +92,7 @@ class _Side:
 class _Step:
     """One box's share of a pass. For small matrices the interpreter's time is the cost, so nothing is looked up."""
 
-    __slots__ = ("_add", "_fused", "_product", "device", "left", "offset", "right", "size", "stacked")
+    __slots__ = ("_add", "_fused", "_product", "_slabs", "device", "left", "offset", "right", "size", "stacked")
 
     def __init__(self, part: Part, flats: Sequence[Tensor], plan: Plan, *, in_scratch: bool = False) -> None:
         """in_scratch: whether the box lies in the scratch memory itself."""
@@ -108,6 +113,11 @@ class _Step:
             self._product, self._add = torch.mm, Tensor.addmm_
         self.left, self.right = sides
         self._fused = part.box.numel >= FUSED_FROM and not in_scratch
+        self._slabs: list[tuple[slice, Tensor]] = []
+        if self.left is not None and experts == 1 and self.device.type == "cpu" and part.box.numel >= SLABS_FROM:
+            for start in range(0, self.size[0], SLAB_ROWS):
+                rows = slice(start, start + SLAB_ROWS)
+                self._slabs.append((rows, self.left.basis[rows].mT))
 
     def view(self, source: Tensor) -> Tensor:
         """The box in the local storage, (rows, columns) or (experts, rows, columns)."""
@@ -120,7 +130,12 @@ class _Step:
     def sketch(self, box: Tensor, only: bool | None) -> None:
         left, right = self.left, self.right
         if left is not None and (only is None or left.summed is only):
-            if left.adds:
+            if self._slabs:
+                if not left.adds:
+                    left.sketch.zero_()
+                for rows, basis_T in self._slabs:
+                    left.sketch.addmm_(basis_T, box[rows])
+            elif left.adds:
                 self._add(left.sketch, left.basis_T, box)
             else:
                 self._product(left.basis_T, box, out=left.sketch)

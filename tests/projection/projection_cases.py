@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grasp_dist.basis import SpuriousBasis
+from grasp_dist.projection import work
 from grasp_dist.projection.reference import pin, project_gradient, sketches
 
 # Odd sizes; `narrow` has fewer outputs, and `slim` fewer inputs, than there may be ranks.
@@ -21,6 +24,14 @@ LORA_RANK = 5
 
 def draw(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def worked_on_as_large(large: bool) -> contextlib.AbstractContextManager[Any]:
+    """Projectors made in this context treat every weight as a large one: both sides subtracted as one product, sketches
+    summed over slabs of a few rows."""
+    if not large:
+        return contextlib.nullcontext()
+    return mock.patch.multiple(work, FUSED_FROM=1, SLABS_FROM=1, SLAB_ROWS=3)
 
 
 def orthonormal(dim: int, k: int, seed: int) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,12 +15,22 @@ import torch.distributed as dist
 from torch import nn
 
 from grasp_dist.errors import NonFiniteError
-from grasp_dist.projection import GraspProjector, projector, work
+from grasp_dist.projection import GraspProjector, projector
 from grasp_dist.projection.adapters import torch_optimizers
 from grasp_dist.projection.fragments import Interval, Storage, stack_shape
 from grasp_dist.projection.reference import project_gradient
 from tests.distributed import run_distributed
-from tests.projection.projection_cases import Watch, Zoo, draw, per_expert, relative_error, sides_of, stepped, zoo_basis
+from tests.projection.projection_cases import (
+    Watch,
+    Zoo,
+    draw,
+    per_expert,
+    relative_error,
+    sides_of,
+    stepped,
+    worked_on_as_large,
+    zoo_basis,
+)
 
 LEARNING_RATE, DECAY = 0.3, 0.1
 _recognise = projector.recognise
@@ -106,8 +115,8 @@ def _one_case(cut: str, side: str, dtype: torch.dtype) -> dict:
             gradients[name] = draw(*parameter.shape, seed=1000 + seed, dtype=dtype)
     framework = Flat(model, cut)
     projector.recognise = lambda model: framework
-    # With two of the cuts, both sides as one product, as of large weights.
-    with mock.patch.object(work, "FUSED_FROM", 1 if cut in CUTS[1:3] else work.FUSED_FROM):
+    # With two of the cuts as large weights are.
+    with worked_on_as_large(cut in CUTS[1:3]):
         grasp = GraspProjector(model, basis)
     for name in start:
         if "lora_A" in name:

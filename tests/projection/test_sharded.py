@@ -6,7 +6,6 @@ Each world is spawned once and returns every figure that the tests look at.
 from __future__ import annotations
 
 import itertools
-from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from grasp_dist.errors import NonFiniteError
-from grasp_dist.projection import GraspProjector, work
+from grasp_dist.projection import GraspProjector
 from grasp_dist.projection.reference import project_gradient
 from tests.distributed import run_distributed
 from tests.projection.projection_cases import (
@@ -29,6 +28,7 @@ from tests.projection.projection_cases import (
     relative_error,
     sides_of,
     stepped,
+    worked_on_as_large,
     zoo_basis,
 )
 
@@ -125,8 +125,8 @@ def _one_case(placement: str, side: str, dtype: torch.dtype, line: DeviceMesh, g
 
     model, basis = Zoo(), zoo_basis(side)
     start = _fill(model, dtype, place)
-    # In fp32 both sides as one product, as of large weights; in fp64 one after the other.
-    with mock.patch.object(work, "FUSED_FROM", 1 if dtype is torch.float32 else work.FUSED_FROM):
+    # In fp32 as large weights are.
+    with worked_on_as_large(dtype is torch.float32):
         projector = GraspProjector(model, basis)
     for name in start:
         if "lora_A" in name:
