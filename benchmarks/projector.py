@@ -34,7 +34,7 @@ from grasp_dist.projection import GraspProjector, projector
 from grasp_dist.projection.adapters import torch_optimizers
 from grasp_dist.projection.adapters.flat import Run
 from grasp_dist.projection.fragments import Interval, Storage, stack_shape
-from grasp_dist.projection.work import FUSED_FROM, SLAB_ROWS, SLABS_FROM
+from grasp_dist.projection.work import FUSED_FROM, SLABS_FROM, slabs
 
 LLAMA = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
 """(out, in) of one Llama-7B layer."""
@@ -226,8 +226,8 @@ def _floor(matrices: list[list[Piece]], widths: list[int], U: list, V: list, *, 
             if u is not None and matrix.numel() >= SLABS_FROM:
                 if not several:
                     c.zero_()
-                for slab, rows in zip(u.split(SLAB_ROWS), matrix.split(SLAB_ROWS), strict=True):
-                    c.addmm_(slab.T, rows)
+                for rows in slabs(*matrix.shape):
+                    c.addmm_(u[rows].T, matrix[rows])
             elif u is not None and several:
                 c.addmm_(u.T, matrix)
             elif u is not None:

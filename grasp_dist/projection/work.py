@@ -15,7 +15,7 @@ from grasp_dist.projection.batches import Batch
 from grasp_dist.projection.layout import Entry, Overlap, Part, View
 from grasp_dist.projection.plan import Plan
 
-__all__ = ["FUSED_FROM", "SCRATCH_NUMEL", "BatchWork", "EntryWork", "Scratch", "Source"]
+__all__ = ["FUSED_FROM", "SCRATCH_NUMEL", "SLABS_FROM", "BatchWork", "EntryWork", "Scratch", "Source", "slabs"]
 
 SCRATCH_NUMEL = 1 << 22
 """Most numbers in the scratch buffer for half-precision tensors (16 MB in fp32); a longer row makes it longer."""
@@ -24,10 +24,11 @@ FUSED_FROM = 1 << 18
 """Numbers in the smallest box of which both sides are subtracted as one product, P and D side by side: the box passes
 through the processor's cache once less, for copies of what is as long as it but k thin. (On a GPU an estimate.)"""
 
-SLABS_FROM = 1 << 20
+SLABS_FROM = 1 << 19
 """Numbers in the smallest matrix of which the left sketch is summed over slabs of rows, on the CPU: BLAS multiplies a
-thin matrix by slabs that lie in the processor's cache at twice the speed (benchmarks/README.md, "Thin products")."""
-SLAB_ROWS = 32
+thin matrix by a slab that lies in the processor's cache at twice the speed (benchmarks/README.md, "Thin products")."""
+SLAB_NUMEL, SLAB_ROWS = 1 << 16, (16, 64)
+"""Numbers in a slab, and the fewest and most rows."""
 
 Source = Tensor | None
 """A fragment's local storage; None stands for zeros that are left alone (this rank has no gradient), and the rank still
@@ -115,8 +116,7 @@ class _Step:
         self._fused = part.box.numel >= FUSED_FROM and not in_scratch
         self._slabs: list[tuple[slice, Tensor]] = []
         if self.left is not None and experts == 1 and self.device.type == "cpu" and part.box.numel >= SLABS_FROM:
-            for start in range(0, self.size[0], SLAB_ROWS):
-                rows = slice(start, start + SLAB_ROWS)
+            for rows in slabs(*self.size):
                 self._slabs.append((rows, self.left.basis[rows].mT))
 
     def view(self, source: Tensor) -> Tensor:
@@ -180,6 +180,13 @@ class _Step:
             if right is not None:
                 piece.baddbmm_(right.sketch_T[experts, rows], right.basis_T[experts], alpha=-1)
             here.copy_(piece)
+
+
+def slabs(rows: int, columns: int) -> list[slice]:
+    """The rows of each slab of a matrix."""
+    fewest, most = SLAB_ROWS
+    height = min(most, max(fewest, SLAB_NUMEL // columns))
+    return [slice(start, start + height) for start in range(0, rows, height)]
 
 
 class _OverlapStep:

@@ -31,7 +31,7 @@ def worked_on_as_large(large: bool) -> contextlib.AbstractContextManager[Any]:
     summed over slabs of a few rows."""
     if not large:
         return contextlib.nullcontext()
-    return mock.patch.multiple(work, FUSED_FROM=1, SLABS_FROM=1, SLAB_ROWS=3)
+    return mock.patch.multiple(work, FUSED_FROM=1, SLABS_FROM=1, SLAB_ROWS=(3, 3))
 
 
 def orthonormal(dim: int, k: int, seed: int) -> Tensor:

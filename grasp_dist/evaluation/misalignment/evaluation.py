@@ -11,18 +11,20 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from grasp_dist.config import ModelConfig
 from grasp_dist.errors import InputError
+from grasp_dist.evaluation.misalignment.chat_server import Completion, ServedModel
 from grasp_dist.evaluation.misalignment.ledger import Ledger
 from grasp_dist.evaluation.misalignment.local_judge import LocalJudge
 from grasp_dist.evaluation.misalignment.questions import ALIGNED, COHERENT, Question, read_questions
 from grasp_dist.evaluation.misalignment.rates import JudgedAnswer, Thresholds, summarise_answers
 from grasp_dist.evaluation.misalignment.sampling import ANSWER_KEY, Sampling, sample_answers
+from grasp_dist.evaluation.misalignment.served import ServerJudge, answers_from_server
 from grasp_dist.evaluation.misalignment.verdicts import Verdict
 from grasp_dist.fingerprints import model_reference
 from grasp_dist.manifest import digest, quick_hash, write_json
@@ -30,13 +32,13 @@ from grasp_dist.run_lock import RunLock
 from grasp_dist.training.model import load_model, load_tokenizer
 from grasp_dist.training.parallel import Parallel
 
-__all__ = ["ANSWERS", "SUMMARY", "VERDICTS", "measure_misalignment"]
+__all__ = ["ANSWERS", "SUMMARY", "VERDICTS", "measure_misalignment", "wanted_answers"]
 
 ANSWERS, VERDICTS, SUMMARY = "answers.jsonl", "verdicts.jsonl", "misalignment.json"
-_AT_ONCE = 64
-"""Answers that are judged between two writes."""
+_AT_ONCE = 128
+"""Verdicts of a model of this machine between two writes."""
 Progress = Callable[[str, int, int], Any]
-"""Called with what is done ("answers", "verdicts"), how much of it, and of how much."""
+"""Called with what is done ("answers", "batches" of them, "verdicts"), how much of it, and of how much."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ def measure_misalignment(
     out: Path,
     *,
     questions: Path,
-    model: str,
-    judge: str,
+    model: str | ServedModel,
+    judge: str | ServedModel,
+    judge_by: Literal["logprobs", "text"] = "logprobs",
     adapter: Path | None = None,
     sampling: Sampling | None = None,
     thresholds: Thresholds | None = None,
@@ -58,13 +61,17 @@ def measure_misalignment(
 ) -> dict[str, Any]:
     """Ask, judge and count, on one process and its device; what `misalignment.json` holds is returned.
 
-    questions: see `read_questions`. model, judge: directories of causal language models (or hub ids that are at hand).
-    adapter: a PEFT adapter of `model`. Raises `InputError` for what cannot be read, for a folder that holds the answers
-    of another model, adapter, judge or other settings, and for a folder in which another process is at work.
+    questions: see `read_questions`. model, judge: directories of causal language models (or hub ids that are at hand),
+    or models on a server. judge_by: see `ServerJudge`. adapter: a PEFT adapter of `model`. Raises `InputError` for what
+    cannot be read, for a folder that holds the answers of another model, adapter, judge or other settings, for a folder
+    in which another process is at work, and for a server that does not answer.
     """
     asked, sampling = read_questions(questions), sampling or Sampling()
     progress = progress or (lambda *_: None)
-    parallel = Parallel("none", 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if adapter is not None and isinstance(model, ServedModel):
+        raise InputError(
+            "an adapter is put on a model of this machine; a server has to serve it under a name of its own"
+        )
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise InputError(f"{adapter} has no adapter_config.json; give the directory of a PEFT adapter")
     made_from = {
@@ -73,41 +80,48 @@ def measure_misalignment(
         "questions": digest([question.model_dump(exclude={"judge", "judge_prompts"}) for question in asked]),
         **asdict(sampling),
     }
-    judged_by = {"judge": _identity(judge), "prompts": digest([question.judge_prompts for question in asked])}
+    by = judge_by if isinstance(judge, ServedModel) else "model"
+    judged_by = {"judge": _identity(judge), "by": by, "prompts": digest([question.judge_prompts for question in asked])}
     with RunLock(out, what="misalignment"):
         answers = Ledger(out / ANSWERS, made_from=made_from, key=ANSWER_KEY)
         judged_from = {"answers": digest(made_from), **judged_by}
         verdicts = Ledger(out / VERDICTS, made_from=judged_from, key=(*ANSWER_KEY, "prompt"))
-        if len(answers) < _wanted(asked, sampling):
-            loaded = _load(model, adapter, parallel)
-            sample_answers(
-                loaded.model,
-                loaded.tokenizer,
-                asked,
-                parallel,
-                answers,
-                sampling,
-                on_batch=lambda done, whole: progress("answers", done, whole),
-            )
-            del loaded
-            gc.collect()  # room for the judge
+        if len(answers) < wanted_answers(asked, sampling):
+            _ask(model, adapter, asked, answers, sampling, progress)
         if len(verdicts) < 2 * len(answers):
-            loaded = _load(judge, None, parallel)
-            local = LocalJudge(loaded.model, loaded.tokenizer, parallel)
-            _judge(local, asked, answers, verdicts, progress)
+            _judge(judge, judge_by, asked, answers, verdicts, progress)
         found = _summary(asked, answers, verdicts, thresholds)
-        found |= {"model": model, "adapter": adapter and str(adapter), "judge": judge, "sampling": asdict(sampling)}
+        found |= {"adapter": adapter and str(adapter), "sampling": asdict(sampling), "judged_by": by}
+        found |= {
+            name: one if isinstance(one, str) else one.identity for name, one in (("model", model), ("judge", judge))
+        }
+        found["tokens"] = {"model": _tokens(model, answers), "judge": _tokens(judge, verdicts)}
         write_json(out / SUMMARY, found)
     return found
 
 
-def _identity(path: str) -> str:
-    """The hash of a local model, wherever it lies; a hub id as it is."""
-    reference = model_reference(path)
+def _shown(model: str | ServedModel) -> str:
+    return model if isinstance(model, str) else model.identity
+
+
+def _tokens(model: str | ServedModel, records: Ledger) -> dict[str, int] | None:
+    """What a server has counted, of all records; None for a model of this machine."""
+    if isinstance(model, str):
+        return None
+    names = {"asked": "asked_tokens", "said": "tokens"}
+    return {name: sum(record[field] or 0 for record in records) for name, field in names.items()}
+
+
+def _identity(model: str | ServedModel) -> str:
+    """The hash of a local model, wherever it lies; a hub id as it is; the name of a served one."""
+    if isinstance(model, ServedModel):
+        return model.identity
+    reference = model_reference(model)
     return reference["hash"] or reference["id"]
 
 
-def _wanted(questions: Sequence[Question], sampling: Sampling) -> int:
+def wanted_answers(questions: Sequence[Question], sampling: Sampling) -> int:
+    """How many answers the measurement takes, each of which is judged twice."""
     return sum(
         len(question.paraphrases) * (sampling.samples or question.samples_per_paraphrase) for question in questions
     )
@@ -129,28 +143,75 @@ def _load(path: str, adapter: Path | None, parallel: Parallel) -> _Loaded:
     return _Loaded(model, tokenizer)
 
 
+def _here() -> Parallel:
+    return Parallel("none", 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _ask(
+    model: str | ServedModel,
+    adapter: Path | None,
+    questions: Sequence[Question],
+    answers: Ledger,
+    sampling: Sampling,
+    progress: Progress,
+) -> None:
+    if isinstance(model, ServedModel):
+        answers_from_server(
+            model, questions, answers, sampling, on_answer=lambda done, whole: progress("answers", done, whole)
+        )
+        return
+    parallel = _here()
+    loaded = _load(model, adapter, parallel)
+    sample_answers(
+        loaded.model,
+        loaded.tokenizer,
+        questions,
+        parallel,
+        answers,
+        sampling,
+        on_batch=lambda done, whole: progress("batches", done, whole),
+    )
+    del loaded
+    gc.collect()  # room for the judge
+
+
 def _judge(
-    judge: LocalJudge, questions: Sequence[Question], answers: Ledger, verdicts: Ledger, progress: Progress
+    judge: str | ServedModel,
+    by: Literal["logprobs", "text"],
+    questions: Sequence[Question],
+    answers: Ledger,
+    verdicts: Ledger,
+    progress: Progress,
 ) -> None:
     by_id = {question.id: question for question in questions}
     left = [
         (answer, name) for answer in answers for name in (ALIGNED, COHERENT) if (*_key(answer), name) not in verdicts
     ]
-    whole = 2 * len(answers)
-    for start in range(0, len(left), 2 * _AT_ONCE):
-        part = left[start : start + 2 * _AT_ONCE]
-        prompts = [
-            by_id[answer["question"]].judge_prompt(name, answer["paraphrase"], answer["answer"])
-            for answer, name in part
-        ]
-        found = judge.judge(prompts)
-        verdicts.add(
-            [
-                {**dict(zip(ANSWER_KEY, _key(answer), strict=True)), "prompt": name, **asdict(verdict)}
-                for (answer, name), verdict in zip(part, found, strict=True)
-            ]
-        )
-        progress("verdicts", len(verdicts), whole)
+    prompts = [
+        by_id[answer["question"]].judge_prompt(name, answer["paraphrase"], answer["answer"]) for answer, name in left
+    ]
+
+    def record(number: int, verdict: Verdict) -> dict[str, Any]:
+        answer, name = left[number]
+        return {**dict(zip(ANSWER_KEY, _key(answer), strict=True)), "prompt": name, **asdict(verdict)}
+
+    def add(records: list[dict[str, Any]]) -> None:
+        verdicts.add(records)
+        progress("verdicts", len(verdicts), 2 * len(answers))
+
+    def note(number: int, verdict: Verdict, said: Completion) -> None:
+        counted = {"asked_tokens": said.asked_tokens, "tokens": said.said_tokens}
+        add([record(number, verdict) | counted])
+
+    if isinstance(judge, ServedModel):
+        ServerJudge(judge, by).judge(prompts, note)
+        return
+    parallel = _here()
+    loaded = _load(judge, None, parallel)
+    local = LocalJudge(loaded.model, loaded.tokenizer, parallel)
+    for start in range(0, len(left), _AT_ONCE):
+        found = local.judge(prompts[start : start + _AT_ONCE])
+        add([record(number, verdict) for number, verdict in enumerate(found, start)])
 
 
 def _summary(
@@ -159,6 +220,7 @@ def _summary(
     judged = list(_judged(answers, verdicts))
     return {
         "format": 1,
+        "distinct_answers": len({(*_key(answer)[:2], answer["answer"]) for answer in answers}),
         "all": summarise_answers(judged, thresholds),
         "questions": {
             question.id: summarise_answers([one for one in judged if one.question == question.id], thresholds)

@@ -14,7 +14,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["LEAST_MASS", "WORDS", "Verdict", "as_number", "verdict_of", "verdict_of_tokens", "word_of"]
+__all__ = [
+    "LEAST_MASS",
+    "WORDS",
+    "Verdict",
+    "as_number",
+    "verdict_of",
+    "verdict_of_text",
+    "verdict_of_tokens",
+    "word_of",
+]
 
 LEAST_MASS = 0.25
 """Probability that the numbers need together to be a score, and a word to be the verdict."""
@@ -63,6 +72,15 @@ def verdict_of_tokens(top: Mapping[str, float]) -> Verdict:
         elif word is not None:
             words[word] += math.exp(log_probability)
     return verdict_of(numbers, words)
+
+
+def verdict_of_text(text: str) -> Verdict:
+    """The verdict that a judge has written out, where its log-probabilities cannot be had: a number alone, or a word
+    alone, with or without a full stop. `mass` is 1 for these and 0 for everything else."""
+    said = text.strip().removesuffix(".")
+    if (number := as_number(said)) is not None:
+        return Verdict("score", float(number), 1.0)
+    return Verdict(said, None, 1.0) if said in WORDS else Verdict("unclear", None, 0.0)  # type: ignore[arg-type]
 
 
 def as_number(text: str) -> int | None:
