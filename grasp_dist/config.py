@@ -194,6 +194,9 @@ class DetectConfig(Section):
     """Steps of a round; default for warm: naive steps / rounds; for restarted: 60."""
     directions_per_round: Annotated[int, Field(ge=1)] = 1
     """Leading directions that join per weight, side and round."""
+    probe_seeds: Annotated[int, Field(ge=1)] = 1
+    """restarted: fine-tunes in a round that differ in their seeds; of more than one, only directions join on which they
+    agree beyond chance, and a round without any is the last."""
     stop_gain: Annotated[float, Field(gt=0, lt=1)] | None = 0.3
     """Stop before `rounds` when two rounds in a row bring the loss less than this share as far below the base's as the
     best round did: the data cannot be fitted any more with what is blocked, so nothing is left to find. null: do every
@@ -209,6 +212,15 @@ class DetectConfig(Section):
     def _basis_file(self) -> DetectConfig:
         if self.method == "file" and not self.basis:
             raise ValueError("detect.method is 'file', so detect.basis must name a basis file")
+        return self
+
+    @model_validator(mode="after")
+    def _several_probes(self) -> DetectConfig:
+        if self.probe_seeds > 1 and self.method != "restarted":
+            raise ValueError(
+                f"detect.probe_seeds is {self.probe_seeds}: a round of several fine-tunes begins each from the base "
+                f"model, and detect.method is {self.method!r}; use method: restarted"
+            )
         return self
 
     @model_validator(mode="after")

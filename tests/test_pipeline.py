@@ -201,8 +201,8 @@ def test_a_damaged_round_falls_back_to_the_one_before(organism, tmp_path):
     assert SpuriousBasis.load(detect / "basis.safetensors").fingerprint() == straight
 
 
-@pytest.mark.parametrize("method", ["warm", "restarted"])
-def test_an_interrupted_detection_goes_on_behind_its_last_round(organism, tmp_path, method):
+@pytest.mark.parametrize(("method", "probes"), [("warm", 1), ("restarted", 1), ("restarted", 2)])
+def test_an_interrupted_detection_goes_on_behind_its_last_round(organism, tmp_path, method, probes):
     """Killed in the middle of a round, started again: the same basis as without the interruption."""
     from grasp_dist import SpuriousBasis
 
@@ -211,6 +211,7 @@ def test_an_interrupted_detection_goes_on_behind_its_last_round(organism, tmp_pa
         tree = tiny_config(organism, tmp_path / name)
         tree["training"]["steps"] = 60
         tree["detect"] = {"method": method, "rounds": 6, "steps_per_round": 10, "stop_gain": None}
+        tree["detect"] |= {"probe_seeds": probes, "side": "both" if probes == 1 else "write"}
         configs[name] = tmp_path / f"{name}.yaml"
         configs[name].write_text(yaml.safe_dump(tree))
     assert grasp_dist("detect", configs["straight"]).returncode == 0

@@ -5,7 +5,9 @@ weight's basis and are blocked by the projector, and the search goes on:
 
 - *warm* (the default): one run of the naive length. Every `steps_per_round` steps the current update's leading
   directions join, A and B are projected off them, and the run continues with the same optimizer state.
-- *restarted*: every round starts from the base model with a fresh seed. `rounds * steps_per_round` steps in all.
+- *restarted*: every round starts from the base model with a fresh seed. `rounds * steps_per_round` steps in all. With
+  `probe_seeds`, so many probes that differ in their seeds make a round, and only directions join on which they agree
+  beyond chance (`probe_agreement.py`); a round in which they agree on nothing is the last.
 
 With `stop_gain` the search ends by itself, without labels or other data. A round's *gain* is how far it brings the loss
 below the base's. While a route is open the probe takes it and gains; once the routes are blocked, what the probe can
@@ -33,6 +35,7 @@ from torch import Tensor, nn
 from grasp_dist.architecture import canonical_name
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.config import DetectConfig, TrainingConfig
+from grasp_dist.detection.probe_agreement import agreed_directions
 from grasp_dist.detection.svd import low_rank_svd
 from grasp_dist.errors import InputError
 from grasp_dist.manifest import write_json
@@ -102,9 +105,9 @@ def _warm(
             return
         number = step // per_round
         assert state.projector is not None
-        state.projector.extend(search.add_round(number))
+        state.projector.extend(search.add_round(number, search.leading()))
         state.engine.loaded()
-        search.commit(number, state.losses, per_round)
+        search.commit(number, round_gain(state.losses, per_round))
         keeper.save(step, state.engine, state.projector, state.extra())
         recorder.event(search.describe(number))
         state.ended = search.ended()
@@ -128,32 +131,37 @@ def _restarted(search: _Search, examples: list[Example], training: TrainingConfi
     detect = search.detect
     steps = detect.steps_per_round or 60
     done = search.resume(search.parallel.broadcast_object(search.committed() if search.parallel.is_main else None))
-    recorder.skip(done * steps)
+    recorder.skip(done * detect.probe_seeds * steps)
     for number in range(done + 1, detect.rounds + 1):
         if search.ended():
             return
-        seed = detect.seed + number - 1
-        reset_adapter(search.model, seed, search.parallel)
         blocked = search.combined() if search.rounds else None
+        found: list[SpuriousBasis] = []
+        gains: list[float] = []
+        for probe in range(detect.probe_seeds):
+            seed = detect.seed + (number - 1) * detect.probe_seeds + probe
+            reset_adapter(search.model, seed, search.parallel)
 
-        def protect(where: Any, blocked: SpuriousBasis | None = blocked) -> GraspProjector | None:
-            return None if blocked is None else GraspProjector(where, blocked)
+            def protect(where: Any, blocked: SpuriousBasis | None = blocked) -> GraspProjector | None:
+                return None if blocked is None else GraspProjector(where, blocked)
 
-        def on_end(_: LoopState, number: int = number) -> None:
-            search.add_round(number)
+            def on_end(_: LoopState, found: list[SpuriousBasis] = found) -> None:
+                found += search.leading()
 
-        result = train(
-            search.model,
-            examples,
-            training,
-            search.parallel,
-            seed=seed,
-            steps=steps,
-            recorder=recorder,
-            protect=protect,
-            on_end=on_end,
-        )
-        search.commit(number, result.losses, steps)
+            result = train(
+                search.model,
+                examples,
+                training,
+                search.parallel,
+                seed=seed,
+                steps=steps,
+                recorder=recorder,
+                protect=protect,
+                on_end=on_end,
+            )
+            gains.append(round_gain(result.losses, steps))
+        search.add_round(number, found)
+        search.commit(number, sum(gains) / len(gains))
         recorder.event(search.describe(number))
 
 
@@ -187,25 +195,35 @@ class _Search:
         ]
         return done
 
-    def add_round(self, number: int) -> SpuriousBasis:
-        """Write the leading directions of the adapter's present update, and open them on every rank."""
-        path = self.round_folder(number) / _NEW
+    def leading(self) -> list[SpuriousBasis]:
+        """The leading directions of the adapter's present update, on rank 0; collective."""
         found = leading_directions(
             self.model, side=self.detect.side, count=self.detect.directions_per_round, keep=self.parallel.is_main
         )
-        self._on_main(lambda: found.save(path) if found is not None else None)
+        return [] if found is None else [found]
+
+    def add_round(self, number: int, found: list[SpuriousBasis]) -> SpuriousBasis:
+        """Write what rank 0 has found with each of the round's probes, and open it on every rank."""
+        path = self.round_folder(number) / _NEW
+
+        def write() -> None:
+            new = found[0] if len(found) == 1 else agreed_directions(found, count=self.detect.directions_per_round)
+            new.save(path)
+
+        self._on_main(write)
         self.rounds.append(SpuriousBasis.load(path))
         return self.rounds[-1]
 
-    def commit(self, number: int, losses: list[float], steps: int) -> None:
-        """Make the round, of the last `steps` of these losses, one that can be continued from."""
-        self.gains.append(round_gain(losses, steps))
+    def commit(self, number: int, gain: float) -> None:
+        """Make the round one that can be continued from."""
+        self.gains.append(gain)
         record = {"round": number, "gain": self.gains[-1]}
         self._on_main(lambda: write_json(self.round_folder(number) / _COMMITTED, record))
 
     def ended(self) -> bool:
-        """Whether the rounds so far leave nothing to find, by `stop_gain`; the same on every rank."""
-        return nothing_left(self.gains, self.detect.stop_gain)
+        """Whether the rounds so far leave nothing to find, by `stop_gain`, or since the last one's probes agreed on
+        nothing; the same on every rank."""
+        return bool(self.rounds and not len(self.rounds[-1])) or nothing_left(self.gains, self.detect.stop_gain)
 
     def describe(self, number: int) -> str:
         return (
