@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from grasp_dist.baselines.settings import Alternative, Posthoc
 from grasp_dist.settings import LocalPath, Section, explain, merge
 
 __all__ = [
@@ -231,7 +232,8 @@ class DetectConfig(Section):
 
 
 class ArmConfig(Section):
-    """One protected fine-tune (per seed): what is blocked, and how it differs from `training`."""
+    """One protected fine-tune (per seed), or one of an alternative: what is blocked, and how it differs from
+    `training`."""
 
     basis: LocalPath = "detected"
     """`detected`, `one_shot`, `random` (same ranks and sides as detected, the mandatory control), `none`, or a file."""
@@ -243,6 +245,19 @@ class ArmConfig(Section):
     pin: bool | None = None
     training: dict[str, Any] = {}
     """Settings of `training` that differ in this arm, e.g. {method: full, learning_rate: 1.0e-4}."""
+    alternative: Alternative | None = None
+    """Another method in the place of a basis, by its `kind` (docs/alternatives.md)."""
+
+    @model_validator(mode="after")
+    def _one_method(self) -> ArmConfig:
+        if self.alternative is not None:
+            if "basis" in self.model_fields_set and self.basis != "none":
+                raise ValueError(
+                    f"an arm has a basis or an alternative, and this one has basis {self.basis!r} and the alternative "
+                    f"{self.alternative.kind!r}; leave one of them out"
+                )
+            self.basis = "none"
+        return self
 
 
 class ProjectConfig(Section):
@@ -369,6 +384,15 @@ class RunConfig(Section):
     def _arms(self) -> RunConfig:
         for name, arm in self.project.arms.items():
             self.arm_training(name)
+            if arm.alternative is not None and self.arm_training(name).method == "full":
+                raise ValueError(
+                    f"project.arms.{name}: alternatives change or read LoRA fine-tunes; leave out training.method: full"
+                )
+            if isinstance(arm.alternative, Posthoc) and arm.training:
+                raise ValueError(
+                    f"project.arms.{name}: {arm.alternative.kind} changes the naive fine-tune and trains nothing; "
+                    "leave out its training"
+                )
             if "seeds" in arm.training:
                 raise ValueError(f"project.arms.{name}.training: every arm runs with training.seeds; set them there")
         probes = [probe.name for probe in self.evaluate.probes]

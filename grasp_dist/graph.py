@@ -13,10 +13,12 @@ from typing import Any
 
 import yaml
 
+from grasp_dist.baselines.settings import Interleaving, SafeLora, needs_naive
 from grasp_dist.config import DataConfig, RunConfig, TrainingConfig
 from grasp_dist.config_files import save_config
 from grasp_dist.errors import InputError
 from grasp_dist.manifest import Unit, digest, file_hash, quick_hash
+from grasp_dist.settings import Section
 
 __all__ = ["STAGES", "RunGraph", "Task"]
 
@@ -229,6 +231,11 @@ class RunGraph:
                     upstream = [basis]
                 elif basis is not None:
                     inputs["basis"] = self._hash(basis)
+                if (alternative := self.config.project.arms[arm].alternative) is not None:
+                    inputs["alternative"] = self._alternative_inputs(alternative)
+                    if needs_naive(alternative):
+                        upstream = [self.naive_task(seed)]
+                        inputs["naive"] = upstream[0].result_hash
                 yield self._task(
                     "project",
                     f"project/{arm}/seed-{seed}",
@@ -321,6 +328,15 @@ class RunGraph:
             {**probe.model_dump(exclude={"path"}), "content": self._hash(Path(probe.path))}
             for probe in self.config.evaluate.probes
         ]
+
+    def _alternative_inputs(self, alternative: Section) -> dict[str, Any]:
+        """Its settings, with the content of what they name in the place of paths."""
+        inputs = alternative.model_dump(exclude={"path", "unaligned"})
+        if isinstance(alternative, Interleaving):
+            inputs["content"] = self._data_inputs(self.config.data.model_copy(update={"path": alternative.path}))
+        elif isinstance(alternative, SafeLora):
+            inputs["unaligned"] = self._folder_hash(Path(alternative.unaligned), *_MODEL_FILES)
+        return inputs
 
     def _hash(self, path: Path) -> str:
         if path not in self._hashes:

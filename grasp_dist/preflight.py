@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from grasp_dist.basis import SpuriousBasis, model_reference
 from grasp_dist.config import RunConfig, TrainingConfig
 from grasp_dist.errors import InputError
 from grasp_dist.protected import check_basis
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from grasp_dist.training.examples import Example
 
 __all__ = ["preflight"]
 
@@ -70,6 +76,11 @@ def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: in
             _check_found(config, arm)
         if settings.basis == "one_shot":
             _check_one_shot(config)
+        if settings.alternative is not None:
+            try:
+                _check_alternative(config, settings.alternative, model, examples, tokenizer)
+            except InputError as error:
+                raise InputError(f"project.arms.{arm}.alternative: {error}") from None
     if "evaluate" in stages:
         if not config.evaluate.probes:
             raise InputError(
@@ -92,6 +103,24 @@ def _check_given(
         basis.truncate(rank)
     basis.check()
     basis.check_model(**model_reference(config.model.path, config.model.revision))
+
+
+def _check_alternative(
+    config: RunConfig, settings: Any, model: PreTrainedModel, examples: list[Example], tokenizer: Any
+) -> None:
+    from grasp_dist.architecture import decoder_layers
+    from grasp_dist.baselines.residual_stream import check_layers
+    from grasp_dist.baselines.settings import SafeLora, ShiftDirections
+    from grasp_dist.baselines.training import examples_of, shifted_layers
+
+    check_layers(model, shifted_layers(settings, len(decoder_layers(model))))
+    width = model.config.get_text_config().hidden_size
+    if isinstance(settings, ShiftDirections) and settings.rank > width:
+        raise InputError(f"rank is {settings.rank}, and the residual stream has {width} dimensions")
+    if isinstance(settings, SafeLora) and not (Path(settings.unaligned) / "config.json").is_file():
+        raise InputError(f"unaligned {settings.unaligned} is no model directory (it has no config.json)")
+    limit = min(config.data.limit or _SAMPLE_ROWS, _SAMPLE_ROWS)
+    examples_of(settings, examples, config.data.model_copy(update={"limit": limit}), tokenizer, seed=0)
 
 
 def _check_lora_rank(where: str, training: TrainingConfig, shapes: dict[str, tuple[int, int]]) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grasp_dist.baselines.settings import Posthoc
 from grasp_dist.config import RunConfig, TrainingConfig
 from grasp_dist.errors import InputError, Preempted
 from grasp_dist.graph import RunGraph, Task
@@ -131,7 +132,9 @@ class Worker:
     def project(self, task: Task) -> None:
         assert task.arm is not None
         training, basis = self.config.arm_training(task.arm), self._arm_basis(task)
-        if basis is None or len(basis):
+        if isinstance(self.config.project.arms[task.arm].alternative, Posthoc):
+            self._change_naive(task)
+        elif basis is None or len(basis):
             self._fine_tune(task, training, basis)
         elif training != self.config.training or not self._keep_naive(task):
             self._fine_tune(task, training, None)
@@ -167,6 +170,8 @@ class Worker:
                 part = _part(basis, settings["side"], settings["rank"]) if basis else basis
                 row |= {"basis": settings["basis"], "basis_rank": _ranks(part)}
             scores = self._evaluator.trained(source.path, training, ablated=ablated)
+        if task.arm and (alternative := config.project.arms[task.arm].alternative) is not None:
+            row["alternative"] = alternative.model_dump()
         row["probe_kinds"] = self._evaluator.describe_probes()
         self._finish(task, lambda: write_json(task.path, {**row, **scores}), {})
 
@@ -219,6 +224,9 @@ class Worker:
 
         assert task.seed is not None
         examples = self._training_examples()
+        alternative = None
+        if task.arm is not None and (settings := self.config.project.arms[task.arm].alternative) is not None:
+            examples, alternative = self._alternative(task, settings, examples)
         if task.half is not None:
             from grasp_dist.evaluation.screening import half_of
 
@@ -254,6 +262,7 @@ class Worker:
                 protect=protect,
                 keeper=self._keeper(task, training, model),
                 on_end=on_end,
+                alternative=alternative,
             )
         if training.method == "full":
             self._loaded = None
@@ -265,6 +274,42 @@ class Worker:
             "residual": residual[0],
         }
         self._finish(task, lambda: None, metrics)
+
+    def _alternative(self, task: Task, settings: Any, examples: list[Any]) -> tuple[list[Any], Any]:
+        """Its examples, and what it is trained with."""
+        from grasp_dist.architecture import decoder_layers
+        from grasp_dist.baselines.activation_shift import measure_shift
+        from grasp_dist.baselines.training import examples_of, objective_of, shifted_layers
+        from grasp_dist.training.model import load_adapter, load_model, meta_model
+
+        own = examples_of(settings, examples, self.config.data, self.tokenizer, seed=int(task.seed or 0))
+        shift = None
+        layers = shifted_layers(settings, len(decoder_layers(meta_model(self.config.model))))
+        if layers is not None:
+            training, parallel = self.config.training, self.parallel.for_scoring()
+            self._loaded = None
+            model = load_model(self.config.model, parallel, precision=training.precision, training=training, seed=0)
+            load_adapter(model, task.upstream[0].path, parallel)
+            shift = measure_shift(model, examples, parallel, layers=layers, limit=settings.examples)
+        return own, objective_of(settings, shift)
+
+    def _change_naive(self, task: Task) -> None:
+        from grasp_dist.baselines.post_hoc import change_adapter
+        from grasp_dist.training.files import replace_folder
+        from grasp_dist.training.model import model_folder
+
+        assert task.arm is not None
+        settings, naive = self.config.project.arms[task.arm].alternative, task.upstream[0]
+        started = time.monotonic()
+        done: dict[str, Any] = {}
+        with replace_folder(task.path, self.parallel) as target:
+            target.write(
+                lambda folder: done.update(
+                    change_adapter(settings, naive.path, model_folder(self.config.model), folder)
+                )
+            )
+        trained = naive.unit.manifest["metrics"]
+        self._finish(task, lambda: None, {**trained, **done, "seconds": time.monotonic() - started})
 
     def _keeper(self, task: Task, training: TrainingConfig, model: nn.Module) -> Keeper:
         from grasp_dist.training.checkpoints.saving import Keeper

@@ -66,6 +66,9 @@ def named_paths(config: RunConfig) -> dict[str, str]:
     }
     named |= {f"evaluate.probes.{probe.name}.path": probe.path for probe in config.evaluate.probes}
     named |= {f"project.arms.{name}.basis": arm.basis for name, arm in config.project.arms.items()}
+    for name, arm in config.project.arms.items():
+        for key in ("path", "unaligned"):
+            named[f"project.arms.{name}.alternative.{key}"] = getattr(arm.alternative, key, "")
     return {what: path for what, path in named.items() if path}
 
 

@@ -7,7 +7,7 @@ is trained on and asked with the same tokens. Which examples make a batch is for
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grasp_dist.config import DataConfig
@@ -20,25 +20,31 @@ from grasp_dist.training.rows import read_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["IGNORED", "Example", "encode_pair", "encode_prompt", "load_examples", "preview"]
+__all__ = ["IGNORED", "Example", "RowChange", "encode_pair", "encode_prompt", "load_examples", "preview"]
 
 _logger = logging.getLogger(__name__)
 
+RowChange = Callable[[Mapping[str, Any], str, str], Mapping[str, Any]]
+"""change(row, its kind ("messages", "prompt_completion", "text", "single_turn"), where it stands) -> another row."""
 
-def load_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+
+def load_examples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, change: RowChange | None = None
+) -> list[Example]:
     """All examples of the data set in its order, cut at `max_length`, packed if asked for; the same on every rank.
 
-    Rows without a trained token are dropped, with a count in the log. Raises `InputError` for data that cannot be read,
-    unknown columns, no rows, or no trained token anywhere.
+    change: rewrites each row before it is tokenised. Rows without a trained token are dropped, with a count in the log.
+    Raises `InputError` for data that cannot be read, unknown columns, no rows, or no trained token anywhere.
     """
     rows, columns = read_rows(config)
     kind = _format(config, columns)
     if kind == "messages" and not tokenizer.chat_template:
         kind = "single_turn"
-    examples = [
-        _example(row, kind, config, tokenizer, f"{config.path}, row {number}")
-        for number, row in enumerate(rows, start=1)
-    ]
+    places: Iterable[tuple[str, Mapping[str, Any]]]
+    places = ((f"{config.path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    if change is not None:
+        places = ((where, change(row, kind, where)) for where, row in places)
+    examples = [_example(row, kind, config, tokenizer, where) for where, row in places]
     kept = [example for example in examples if example.num_targets]
     if not kept:
         raise InputError(

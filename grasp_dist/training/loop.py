@@ -12,7 +12,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,20 @@ if TYPE_CHECKING:
     from grasp_dist.projection import GraspProjector
     from grasp_dist.training.checkpoints.saving import Keeper
 
-__all__ = ["LoopState", "TrainResult", "num_steps", "token_losses", "train"]
+__all__ = [
+    "LoopState",
+    "Objective",
+    "TrainResult",
+    "num_steps",
+    "plain_objective",
+    "target_logits",
+    "token_losses",
+    "train",
+]
+
+
+Objective = Callable[[nn.Module, Batch], Tensor]
+"""objective(model, batch) -> what is minimised, summed over the batch's trained tokens; fp32 scalar with a gradient."""
 
 
 @dataclass
@@ -124,6 +137,7 @@ def train(
     on_start: Callable[[LoopState], None] | None = None,
     on_step: Callable[[int, LoopState], None] | None = None,
     on_end: Callable[[LoopState], None] | None = None,
+    alternative: Callable[[nn.Module], AbstractContextManager[Objective]] | None = None,
 ) -> TrainResult:
     """Train what is trainable in `model`, in place; collective.
 
@@ -133,6 +147,7 @@ def train(
     this or another process was asked to stop: then `Preempted` is raised, on every rank behind the same step.
     on_start(state): before the first step. on_step(step, state): after each step, counted from 1, before it is saved.
     on_end(state): behind the last step, while the engine still holds the state.
+    alternative(model): while open, what the model is trained with instead of `plain_objective`.
     Raises `InputError` on every rank, and leaves the weights as they were before that step, when the loss or a
     gradient is not finite more often in a row than `training.max_skipped_steps`; and for sequences that are too long
     for the model.
@@ -147,6 +162,7 @@ def train(
         state.projector.attach(engine.attach_to)
     was_training = model.training
     model.train()
+    held = ExitStack()
     try:
         check_isolation(engine.module, examples, parallel.device)  # with ZeRO-3 a model runs in its engine only
         if keeper is not None:
@@ -163,12 +179,12 @@ def train(
         sizes = [(example.num_targets, len(example.input_ids)) for example in examples]
         started = time.monotonic()
         stop = False
+        objective = plain_objective if alternative is None else held.enter_context(alternative(engine.module))
         while state.step < total and not stop and not state.ended:
             indices = order.samples(state.cursor, training.batch_size)
             _seed_dropout(seed, state.step, parallel)
-            metrics, stop = _step(
-                examples, indices, sum(sizes[index][0] for index in indices), training, parallel, state, keeper
-            )
+            num_targets = sum(sizes[index][0] for index in indices)
+            metrics, stop = _step(examples, indices, num_targets, training, parallel, state, keeper, objective)
             state.step += 1
             state.cursor += len(indices)
             state.tokens += sum(sizes[index][1] for index in indices)
@@ -192,6 +208,7 @@ def train(
             on_end(state)
         seconds = time.monotonic() - started
     finally:
+        held.close()
         if keeper is not None:
             keeper.close()
         if state.projector is not None:
@@ -202,10 +219,20 @@ def train(
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Cross entropy of each target token in nats, (targets,) fp32; the logits are upcast at these positions only."""
+    """Cross entropy of each target token in nats, (targets,) fp32."""
+    return F.cross_entropy(target_logits(model, batch), batch.targets, reduction="none")
+
+
+def target_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """(targets, vocabulary): the logits of each target token; upcast to fp32 at these positions only."""
     arguments = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     logits = model(input_ids=batch.input_ids, use_cache=False, **arguments).logits
-    return F.cross_entropy(logits.flatten(0, 1)[batch.positions].float(), batch.targets, reduction="none")
+    return logits.flatten(0, 1)[batch.positions].float()
+
+
+def plain_objective(model: nn.Module, batch: Batch) -> Tensor:
+    """What is minimised as a rule: the cross entropies' sum."""
+    return token_losses(model, batch).sum()
 
 
 def _micro_batches(training: TrainingConfig, parallel: Parallel) -> int:
@@ -222,6 +249,7 @@ def _step(
     parallel: Parallel,
     state: LoopState,
     keeper: Keeper | None,
+    objective: Objective,
 ) -> tuple[dict[str, float], bool]:
     """Metrics, and whether any rank was asked to stop."""
     engine = state.engine
@@ -235,7 +263,7 @@ def _step(
     loss_sum = torch.zeros((), device=parallel.device)
     for number, batch in enumerate(batches, start=1):
         with _autocast(training, parallel):
-            loss = token_losses(engine.module, batch.to(parallel.device)).sum() / num_targets
+            loss = objective(engine.module, batch.to(parallel.device)) / num_targets
         # Engines average gradients over the ranks; their sum is wanted.
         engine.backward(loss * parallel.world_size, last=number == len(batches))
         loss_sum += loss.detach()
