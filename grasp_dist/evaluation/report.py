@@ -1,4 +1,5 @@
-"""The report of one run or of several pooled ones: report.json, and report.html, one file that loads nothing."""
+"""The report of one run or of several pooled ones: report.html, one file that loads nothing, and what it shows as
+report.json, report.csv (every run and seed) and report.md (the main table)."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from grasp_dist.evaluation.pictures import (
 )
 from grasp_dist.evaluation.runs import RunRecord, read_runs
 from grasp_dist.evaluation.summary import headline_arm, summarise_runs
+from grasp_dist.evaluation.tables import as_csv, as_markdown
 from grasp_dist.evaluation.templates import page_environment
 from grasp_dist.evaluation.verdict import BARS, LEVEL_MARKS, judge, number
 from grasp_dist.manifest import write_json
@@ -33,7 +35,7 @@ def build_report(
     task: str | None = None,
     drift: str | None = None,
 ) -> dict[str, Any]:
-    """Write report.json and report.html into `out_dir` and return what report.json holds.
+    """Write report.html, .json, .csv and .md into `out_dir` and return what report.json holds.
 
     Needs each run's evaluate/scores.json; whatever else is missing is left out and named on the page. Models of one
     name are pooled over runs and seeds. task, drift: probes on the axes of the picture; None: the first of that role.
@@ -59,9 +61,10 @@ def build_report(
     page = _render(records, report)
     write_json(out_dir / "report.json", report)
     try:
-        temporary = out_dir / ".report.html.tmp"
-        temporary.write_text(page, encoding="utf-8")
-        temporary.replace(out_dir / "report.html")
+        for name, text in (("report.html", page), ("report.csv", as_csv(report)), ("report.md", as_markdown(report))):
+            temporary = out_dir / f".{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(out_dir / name)
     except OSError as error:
         raise InputError(f"cannot write the report into {out_dir}: {error.strerror}; choose another folder") from None
     return report

@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from grasp_dist.errors import InputError
+from grasp_dist.evaluation.pareto import pareto_front
 from grasp_dist.evaluation.runs import RunRecord
 from grasp_dist.evaluation.statistics import (
     Key,
     bootstrap_interval,
     compare,
     higher_is_worse,
+    holm,
+    paired_difference,
     remaining_shares,
     summarise,
 )
@@ -52,6 +55,7 @@ def summarise_runs(
         ]
     )
     _distinct_labels(models)
+    beside = _beside(models, probes, values, task, drift)
     return {
         "format": 1,
         "runs": [{"name": record.name, "folder": str(record.folder)} for record in records],
@@ -60,6 +64,7 @@ def summarise_runs(
         "task": task,
         "drift": drift,
         "models": models,
+        "beside": beside,
         "detection": _detection(records),
         "screens": {record.name: record.screen for record in records if record.screen},
         "diverged": _diverged(records),
@@ -67,6 +72,42 @@ def summarise_runs(
             _row(record.name, row, [probe["name"] for probe in probes]) for record in records for row in record.models
         ],
     }
+
+
+def _beside(
+    models: list[dict[str, Any]],
+    probes: list[dict[str, Any]],
+    values: dict[str, dict[str, dict[Any, float]]],
+    task: str | None,
+    drift: str | None,
+) -> dict[str, Any] | None:
+    """Every fine-tune beside the headline's: paired differences (it minus the headline's), and who is on the Pareto
+    front of the means (task, distance of the drift from the base). p-values are Holm's over all rows of a measure."""
+    main = headline_arm(models)
+    tuned = [model for model in models if model["model"] != "base"]
+    if main is None or task is None or drift is None or len(tuned) < 2:
+        return None
+    base = next((model for model in models if model["model"] == "base"), None)
+    if base is None or not all(name in model["probes"] for name in (task, drift) for model in (base, *tuned)):
+        return None
+    worse = {probe["name"]: probe["worst_is_high"] for probe in probes}
+    front = pareto_front(
+        [model["probes"][task]["mean"] * (-1 if worse[task] else 1) for model in tuned],
+        [abs(model["probes"][drift]["mean"] - base["probes"][drift]["mean"]) for model in tuned],
+    )
+    rows = []
+    for model, on_front in zip(tuned, front.tolist(), strict=True):
+        own = model["model"] == main["model"]
+        found = {
+            axis: None if own else paired_difference(values[probe][model["model"]], values[probe][main["model"]])
+            for axis, probe in (("task", task), ("drift", drift))
+        }
+        rows.append({"model": model["model"], "label": model["label"], "front": on_front, **found})
+    for axis in ("task", "drift"):
+        tested = [row[axis] for row in rows if row[axis] is not None]
+        for entry, p in zip(tested, holm([entry["p"] for entry in tested]), strict=True):
+            entry["p_holm"] = p
+    return {"to": main["model"], "label": main["label"], "rows": rows}
 
 
 def headline_arm(models: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,6 +1,4 @@
-"""What to choose from a sweep: the Pareto front over task and drift, and one combination of it, with the reason. Ours.
-
-Ray Tune and Optuna name no front for results as these (Optuna has one for its own trials only).
+"""What to choose from a sweep: one combination, with the reason. Ours.
 
 The rule of the recommendation, which the page prints:
 
@@ -18,9 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
-__all__ = ["Choice", "Outcome", "pareto_front", "recommend", "standard_error"]
+__all__ = ["Choice", "Outcome", "recommend", "standard_error"]
 
 
 @dataclass(frozen=True)
@@ -54,28 +50,6 @@ class Choice:
     """The one with the least drift among those that were compared."""
     noise: float | None
     """One standard error of the difference between its drift and the least one's; None: not known (single seeds)."""
-
-
-def pareto_front(task: Sequence[float], drift: Sequence[float]) -> np.ndarray:
-    """Which points no other point dominates: (n,) of bool.
-
-    A point dominates another if its task is not less and its drift not more, and one of both is better. Equal points
-    are all on the front, or none is. A point with a NaN or an infinity is on no front and dominates nothing.
-    """
-    up, down = np.asarray(task, dtype=float), np.asarray(drift, dtype=float)
-    if up.shape != down.shape or up.ndim != 1:
-        raise ValueError(f"task and drift must be two lists of one length, got {up.shape} and {down.shape}")
-    finite = np.isfinite(up) & np.isfinite(down)
-    front = np.zeros(up.shape, dtype=bool)
-    if not finite.any():
-        return front
-    # Per distinct task the least drift there, and the least of all better tasks.
-    values, group = np.unique(up[finite], return_inverse=True)
-    least = np.full(values.shape, np.inf)
-    np.minimum.at(least, group, down[finite])
-    better = np.append(np.minimum.accumulate(least[::-1])[::-1][1:], np.inf)
-    front[finite] = (down[finite] == least[group]) & (down[finite] < better[group])
-    return front
 
 
 def standard_error(first: Outcome, second: Outcome, pool: Sequence[Outcome]) -> float | None:

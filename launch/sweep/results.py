@@ -11,12 +11,13 @@ from typing import Any
 
 from grasp_dist.config import RunConfig
 from grasp_dist.errors import InputError
+from grasp_dist.evaluation.pareto import pareto_front
 from grasp_dist.evaluation.runs import RunRecord
 from grasp_dist.evaluation.summary import summarise_runs
 from grasp_dist.evaluation.verdict import NO_DRIFT, TASK_POINTS, TASK_SHARE
 from grasp_dist.graph import RunGraph
 from grasp_dist.launch.sweep.grid import Trial, arms_of, trials_of
-from grasp_dist.launch.sweep.pareto import Outcome, pareto_front, recommend
+from grasp_dist.launch.sweep.pareto import Outcome, recommend
 
 __all__ = ["gather", "objectives"]
 

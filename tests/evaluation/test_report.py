@@ -1,5 +1,6 @@
 """The report on made-up runs: figures, verdicts, missing pieces, hostile text, and a page that loads nothing."""
 
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -108,6 +109,54 @@ def test_the_page_is_whole_self_contained_and_named(full):
     assert page.tags.count("svg") == 4
     assert page.tags.count("h1") == 1
     assert {"main", "header", "footer", "figcaption", "table"} <= set(page.tags)
+
+
+def test_every_model_stands_beside_the_headlines(full):
+    report, text, root = full
+    rows = {row["model"]: row for row in report["beside"]["rows"]}
+    assert report["beside"]["to"] == "grasp"
+    assert set(rows) == set(VALUES) - {"base"}
+    values = {(r["model"], r["run"], r["seed"]): r["probes"]["drift"]["value"] for r in report["rows"]}
+    pairs = [(world, seed) for world in ("world-1", "world-2", "world-3") for seed in (0, 1)]
+    mean = sum(values["naive", *pair] - values["grasp", *pair] for pair in pairs) / 6
+    assert rows["naive"]["drift"]["mean"] == pytest.approx(mean)
+    assert rows["naive"]["drift"]["n"] == 6
+    assert rows["naive"]["drift"]["p"] == pytest.approx(2 / 64)
+    assert rows["naive"]["drift"]["p_holm"] >= rows["naive"]["drift"]["p"]
+    assert rows["grasp"]["drift"] is None
+    points = {m["model"]: (m["probes"]["task"]["mean"], m["probes"]["drift"]["mean"]) for m in report["models"]}
+    del points["base"]
+    for name, (task, drift) in points.items():
+        beaten = any(t >= task and d <= drift and (t, d) != (task, drift) for t, d in points.values())
+        assert rows[name]["front"] is not beaten
+    assert "Beside GRASP" in _Page(text).text
+
+
+def test_the_tables_have_every_figure_and_run_nothing(full, tmp_path):
+    report, _, root = full
+    with (root / "report" / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(report["rows"]) * len(report["probes"])
+    row = next(r for r in rows if (r["model"], r["run"], r["seed"], r["probe"]) == ("grasp", "world-2", "1", "drift"))
+    expected = next(r for r in report["rows"] if (r["model"], r["run"], r["seed"]) == ("grasp", "world-2", 1))
+    assert float(row["value"]) == expected["probes"]["drift"]["value"]
+    lines = (root / "report" / "report.md").read_text().splitlines()
+    assert len(lines) == 2 + len(report["models"])
+    assert len({line.count("|") for line in lines}) == 1
+    assert any(line.startswith("| GRASP | 6 |") for line in lines)
+    hostile = {**VALUES, "=cmd|x": VALUES["naive"]}
+    run = make_run(tmp_path / "run", models=tuple(hostile), values=hostile, extras=False)
+    build_report([run], tmp_path / "report")
+    assert "\n'=cmd|x,run" in (tmp_path / "report" / "report.csv").read_text()
+    assert (
+        len(
+            {
+                line.replace("\\|", "").count("|")
+                for line in (tmp_path / "report" / "report.md").read_text().splitlines()
+            }
+        )
+        == 1
+    )
 
 
 def test_the_page_says_what_it_must(full):

@@ -1,8 +1,18 @@
 """Statistics against numbers worked out by hand."""
 
+from itertools import product
+
 import pytest
 
-from grasp_dist.evaluation.statistics import bootstrap_interval, compare, higher_is_worse, remaining_shares, summarise
+from grasp_dist.evaluation.statistics import (
+    bootstrap_interval,
+    compare,
+    higher_is_worse,
+    holm,
+    paired_difference,
+    remaining_shares,
+    summarise,
+)
 
 BASE = {"w1": 0.1, "w2": 0.0}
 NAIVE = {("w1", 0): 0.5, ("w1", 1): 0.6, ("w2", 0): 0.4}
@@ -87,3 +97,31 @@ def test_bootstrap_of_a_mean_is_about_two_standard_errors():
 
 def test_bootstrap_of_a_ratio_is_one_where_numerator_and_denominator_agree():
     assert bootstrap_interval(["a", "a", "b"], [1.0, 2.0, 5.0], [1.0, 2.0, 5.0]) == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("values", [[0.1, 0.2, 0.3], [1.0, -0.5, 0.25, 2.0, 0.1], [0.3, -0.3], [0.1] * 10])
+def test_paired_differences_against_every_flip_of_their_signs(values):
+    one = {("w", seed): 5.0 + value for seed, value in enumerate(values)}
+    other = {("w", seed): 5.0 for seed in range(len(values))} | {("elsewhere", 0): 1.0}
+    found = paired_difference(one, other)
+    seen = abs(sum(values))
+    flips = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True))) for signs in product((1, -1), repeat=len(values))
+    ]
+    assert found["p"] == pytest.approx(sum(flip >= seen - 1e-9 for flip in flips) / len(flips))
+    assert found["mean"] == pytest.approx(sum(values) / len(values))
+    assert found["n"] == len(values)
+    assert (found["interval"] is None) == (len(values) < 3)
+
+
+def test_pairs_that_do_not_differ_or_are_not_there():
+    assert paired_difference({("w", 0): 1.0}, {("v", 0): 1.0}) is None
+    assert paired_difference({("w", 0): 1.0, ("w", 1): 2.0}, {("w", 0): 1.0, ("w", 1): 2.0})["p"] == 1.0
+    assert paired_difference({("w", 0): 1.0}, {("w", 0): 0.0})["p"] == 1.0
+
+
+def test_holm_by_hand():
+    # .01 x 4, then .02 x 3, then .03 x 2 = .06 again, and .5.
+    assert holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+    assert holm([]) == []

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grasp_dist.launch.sweep.pareto import Outcome, pareto_front, recommend, standard_error
+from grasp_dist.evaluation.pareto import pareto_front
+from grasp_dist.launch.sweep.pareto import Outcome, recommend, standard_error
 
 # A few values, so that ties are common, and everything that a float can be.
 values = st.one_of(
