@@ -112,13 +112,13 @@ def test_the_page_is_whole_self_contained_and_named(full):
 
 
 def test_every_model_stands_beside_the_headlines(full):
-    report, text, root = full
+    report, text, _ = full
     rows = {row["model"]: row for row in report["beside"]["rows"]}
     assert report["beside"]["to"] == "grasp"
     assert set(rows) == set(VALUES) - {"base"}
     values = {(r["model"], r["run"], r["seed"]): r["probes"]["drift"]["value"] for r in report["rows"]}
     pairs = [(world, seed) for world in ("world-1", "world-2", "world-3") for seed in (0, 1)]
-    mean = sum(values["naive", *pair] - values["grasp", *pair] for pair in pairs) / 6
+    mean = sum(values["naive", w, s] - values["grasp", w, s] for w, s in pairs) / 6
     assert rows["naive"]["drift"]["mean"] == pytest.approx(mean)
     assert rows["naive"]["drift"]["n"] == 6
     assert rows["naive"]["drift"]["p"] == pytest.approx(2 / 64)
@@ -148,15 +148,8 @@ def test_the_tables_have_every_figure_and_run_nothing(full, tmp_path):
     run = make_run(tmp_path / "run", models=tuple(hostile), values=hostile, extras=False)
     build_report([run], tmp_path / "report")
     assert "\n'=cmd|x,run" in (tmp_path / "report" / "report.csv").read_text()
-    assert (
-        len(
-            {
-                line.replace("\\|", "").count("|")
-                for line in (tmp_path / "report" / "report.md").read_text().splitlines()
-            }
-        )
-        == 1
-    )
+    lines = (tmp_path / "report" / "report.md").read_text().splitlines()
+    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
 
 
 def test_the_page_says_what_it_must(full):
