@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
-from grasp_dist.baselines.settings import Alternative, Posthoc
+from grasp_dist.baselines.settings import Alternative, Posthoc, needs_naive
 from grasp_dist.settings import LocalPath, Section, explain, merge
 
 __all__ = [
@@ -387,6 +387,11 @@ class RunConfig(Section):
             if arm.alternative is not None and self.arm_training(name).method == "full":
                 raise ValueError(
                     f"project.arms.{name}: alternatives change or read LoRA fine-tunes; leave out training.method: full"
+                )
+            if needs_naive(arm.alternative) and self.training.method == "full":
+                raise ValueError(
+                    f"project.arms.{name}: this alternative begins with a naive LoRA fine-tune, and training.method is "
+                    "'full'"
                 )
             if isinstance(arm.alternative, Posthoc) and arm.training:
                 raise ValueError(

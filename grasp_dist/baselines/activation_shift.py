@@ -92,8 +92,9 @@ def measure_shift(
             for layer in numbers:
                 shift = (found[0][layer] - found[1][layer]).double()
                 sums[layer] = sums.get(layer, 0) + shift.sum(0)
-                moments[layer] = moments.get(layer, 0) + shift.mT @ shift
+                # Off the device: all layers' moments together may be larger than the model.
+                moments[layer] = moments.get(layer, 0) + (shift.mT @ shift).cpu()
     total = parallel.sum_(torch.tensor(float(count), dtype=torch.float64, device=parallel.device))
     mean = {layer: (parallel.sum_(sums[layer]) / total).cpu() for layer in numbers}
-    moment = {layer: (parallel.sum_(moments[layer]) / total).cpu() for layer in numbers}
+    moment = {layer: (parallel.sum_(moments[layer].to(parallel.device)) / total).cpu() for layer in numbers}
     return ActivationShift(mean, moment)
