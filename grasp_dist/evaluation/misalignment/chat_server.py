@@ -136,10 +136,8 @@ async def _knock(client: openai.AsyncOpenAI) -> None:
 
     try:
         await client.with_options(max_retries=1).models.list()
-    except openai.APIStatusError:
+    except (openai.APIStatusError, openai.APIResponseValidationError):
         return  # somebody is there; not every server lists its models
-    except openai.APIResponseValidationError:
-        return
 
 
 class _Pace:

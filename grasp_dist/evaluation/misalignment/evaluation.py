@@ -32,7 +32,7 @@ from grasp_dist.run_lock import RunLock
 from grasp_dist.training.model import load_model, load_tokenizer
 from grasp_dist.training.parallel import Parallel
 
-__all__ = ["ANSWERS", "SUMMARY", "VERDICTS", "measure_misalignment", "wanted_answers"]
+__all__ = ["ANSWERS", "SUMMARY", "VERDICTS", "measure_misalignment"]
 
 ANSWERS, VERDICTS, SUMMARY = "answers.jsonl", "verdicts.jsonl", "misalignment.json"
 _AT_ONCE = 128
@@ -86,7 +86,7 @@ def measure_misalignment(
         answers = Ledger(out / ANSWERS, made_from=made_from, key=ANSWER_KEY)
         judged_from = {"answers": digest(made_from), **judged_by}
         verdicts = Ledger(out / VERDICTS, made_from=judged_from, key=(*ANSWER_KEY, "prompt"))
-        if len(answers) < wanted_answers(asked, sampling):
+        if len(answers) < _wanted_answers(asked, sampling):
             _ask(model, adapter, asked, answers, sampling, progress)
         if len(verdicts) < 2 * len(answers):
             _judge(judge, judge_by, asked, answers, verdicts, progress)
@@ -120,7 +120,7 @@ def _identity(model: str | ServedModel) -> str:
     return reference["hash"] or reference["id"]
 
 
-def wanted_answers(questions: Sequence[Question], sampling: Sampling) -> int:
+def _wanted_answers(questions: Sequence[Question], sampling: Sampling) -> int:
     """How many answers the measurement takes, each of which is judged twice."""
     return sum(
         len(question.paraphrases) * (sampling.samples or question.samples_per_paraphrase) for question in questions

@@ -14,9 +14,8 @@ from grasp_dist.evaluation.misalignment.sampling import ANSWER_KEY, Sampling
 from grasp_dist.evaluation.misalignment.verdicts import Verdict, as_number, verdict_of_text, verdict_of_tokens
 from grasp_dist.training.seeds import derived_seed
 
-__all__ = ["JUDGED_BY", "ServerJudge", "answers_from_server", "expected_tokens"]
+__all__ = ["ServerJudge", "answers_from_server", "expected_tokens"]
 
-JUDGED_BY = ("logprobs", "text")
 _CANDIDATES = 20
 """As many as the API gives at most."""
 _LETTERS = 4
