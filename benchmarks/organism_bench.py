@@ -6,9 +6,11 @@ a fraction of the time that starting processes and writing files takes.
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,21 +18,24 @@ from typing import Any
 import torch
 
 from grasp_dist.basis import SpuriousBasis
-from grasp_dist.config import ModelConfig, ProbeConfig, ScreenConfig, TrainingConfig
+from grasp_dist.config import DetectConfig, ModelConfig, ProbeConfig, ScreenConfig, TrainingConfig
 from grasp_dist.detection.adapter import AdapterUpdate
 from grasp_dist.detection.checkpoint_adapter import read_update
 from grasp_dist.detection.closure import close_residual_basis
-from grasp_dist.detection.deflation import leading_directions, nothing_left, round_gain
+from grasp_dist.detection.deflation import deflate, leading_directions
 from grasp_dist.detection.oracle import contrast_directions
 from grasp_dist.evaluation.probes import prepare
 from grasp_dist.evaluation.scoring import Reference, score
 from grasp_dist.evaluation.screening import compare_halves, half_of, read_prompts
 from grasp_dist.projection import GraspProjector
+from grasp_dist.training.checkpoints.saving import Keeper
+from grasp_dist.training.checkpoints.store import Checkpoints
 from grasp_dist.training.data import encode_pair
 from grasp_dist.training.examples import Example
 from grasp_dist.training.loop import LoopState, TrainResult, train
 from grasp_dist.training.model import load_model, load_tokenizer, reset_adapter, save_adapter
 from grasp_dist.training.parallel import Parallel
+from grasp_dist.training.recorder import Recorder
 
 __all__ = ["Bench", "Found"]
 
@@ -116,46 +121,25 @@ class Bench:
             on_step=on_step,
         )
 
-    def deflate(
-        self,
-        seed: int = 1000,
-        *,
-        rounds: int,
-        steps_per_round: int,
-        stop_gain: float | None,
-        side: str = "both",
-        count: int = 1,
-        examples: Sequence[Example] | None = None,
-    ) -> Found:
-        """Warm deflation, as the detect stage runs it (`grasp_dist.detection.deflation`)."""
-        found: list[SpuriousBasis] = []
-        gains: list[float] = []
-
-        def on_step(step: int, state: LoopState) -> None:
-            if step % steps_per_round:
-                return
-            found.append(self.leading(side, count))
-            assert state.projector is not None
-            state.projector.extend(found[-1])
-            state.engine.loaded()
-            gains.append(round_gain(state.losses, steps_per_round))
-            state.ended = nothing_left(gains, stop_gain)
-
-        reset_adapter(self.model, seed, self.parallel)
-        result = train(
-            self.model,
-            self.examples if examples is None else examples,
-            self.training,
-            self.parallel,
-            seed=seed,
-            steps=rounds * steps_per_round,
-            protect=lambda where: GraspProjector(where, None),
-            on_step=on_step,
-        )
-        basis = found[0]
-        for more in found[1:]:
-            basis = basis.union(more)
-        return Found(basis, gains, len(result.losses))
+    def deflate(self, seed: int = 1000, *, examples: Sequence[Example] | None = None, **detect: Any) -> Found:
+        """Deflation as the detect stage runs it. detect: fields of `DetectConfig`."""
+        settings = DetectConfig(seed=seed, **detect)
+        with tempfile.TemporaryDirectory() as place, redirect_stdout(io.StringIO()):
+            folder = Path(place)
+            with Recorder(folder, self.parallel, "detect") as recorder:
+                basis = deflate(
+                    self.model,
+                    list(self.examples if examples is None else examples),
+                    training=self.training,
+                    detect=settings,
+                    parallel=self.parallel,
+                    folder=folder,
+                    recorder=recorder,
+                    keeper=Keeper(Checkpoints(folder / "checkpoints"), self.parallel),
+                    provenance={},
+                )
+            steps = sum(1 for _ in (folder / "metrics.jsonl").open())
+        return Found(basis, basis.provenance["gains"], steps)
 
     def screen(self, examples: Sequence[Example], *, seed: int) -> dict[str, Any]:
         """What the screening says of these rows, as the screen stage does it."""

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from grasp_dist.baselines.settings import Alternative, Posthoc, needs_naive
-from grasp_dist.settings import LocalPath, Section, explain, merge
+from grasp_dist.evaluation.settings import EvaluateConfig, ProbeConfig
+from grasp_dist.settings import LocalPath, Name, Section, explain, merge
 
 __all__ = [
     "ArmConfig",
@@ -29,7 +30,6 @@ __all__ = [
 ]
 
 Side = Literal["write", "read", "both"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 def _values(given: Any) -> Any:
@@ -282,41 +282,6 @@ class ProjectConfig(Section):
         return self
 
 
-class ProbeConfig(Section):
-    """One measurement, read from a file (docs/probes.md has the formats)."""
-
-    name: Name
-    path: LocalPath
-    role: Literal["task", "drift", "retention"]
-    """`task`: to be kept as in naive; `drift`: to stay at the base; `retention`: pretrained behaviour to be kept."""
-    kind: Literal["completion", "pair", "loss", "kl"] = "completion"
-    """`completion`: probability of reference answer(s); `pair`: log-likelihood of a against b after the same prompt;
-    `loss`: mean token loss on a training-format file; `kl`: KL(base || model) on prompts or text."""
-    own_tokens: Annotated[int, Field(ge=0)] = 0
-    """completion: let the model first answer greedily with this many tokens, then score the completions."""
-    positions: Annotated[int, Field(ge=1)] = 16
-    """kl: how many last positions of each prompt are compared."""
-    max_length: Annotated[int, Field(ge=2)] = 2048
-    limit: Annotated[int, Field(ge=1)] | None = None
-
-
-class EvaluateConfig(Section):
-    probes: list[ProbeConfig] = []
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    """Sequences per forward pass and rank."""
-    ablation: bool = True
-    """Add the column `ablation`: the naive model with the basis' directions ablated at inference."""
-    shift: bool = True
-    """Measure the activations' shift along the basis and along random directions."""
-
-    @model_validator(mode="after")
-    def _unique(self) -> EvaluateConfig:
-        names = [probe.name for probe in self.probes]
-        if len(set(names)) != len(names):
-            raise ValueError(f"evaluate.probes: names must differ, got {names}")
-        return self
-
-
 class ReportConfig(Section):
     title: str = "GRASP: task against drift"
     task: str | None = None
@@ -400,11 +365,11 @@ class RunConfig(Section):
                 )
             if "seeds" in arm.training:
                 raise ValueError(f"project.arms.{name}.training: every arm runs with training.seeds; set them there")
-        probes = [probe.name for probe in self.evaluate.probes]
+        measures = self.evaluate.measures()
         for axis in ("task", "drift"):
             wanted = getattr(self.report, axis)
-            if wanted is not None and wanted not in probes:
-                raise ValueError(f"report.{axis} is {wanted!r}, which is none of the probes {probes}")
+            if wanted is not None and wanted not in measures:
+                raise ValueError(f"report.{axis} is {wanted!r}, which is none of the probes {measures}")
         if self.training.method == "full" and self.detect.method != "file":
             raise ValueError(
                 "training.method is 'full', but detection reads LoRA updates; keep training.method: lora for the naive "

@@ -17,6 +17,7 @@ from grasp_dist.baselines.settings import Interleaving, SafeLora, needs_naive
 from grasp_dist.config import DataConfig, RunConfig, TrainingConfig
 from grasp_dist.config_files import save_config
 from grasp_dist.errors import InputError
+from grasp_dist.evaluation.settings import JudgedByModel, JudgedByRules
 from grasp_dist.manifest import Unit, digest, file_hash, quick_hash
 from grasp_dist.settings import Section
 
@@ -262,6 +263,7 @@ class RunGraph:
             "precision": self.config.training.precision,
             "probes": self._probe_inputs(),
             "shift": self.config.evaluate.shift,
+            **self._question_inputs(),
         }
         detect = self.detect_task()
         basis = {"basis": detect.result_hash} if self.config.evaluate.shift else {}
@@ -328,6 +330,21 @@ class RunGraph:
             {**probe.model_dump(exclude={"path"}), "content": self._hash(Path(probe.path))}
             for probe in self.config.evaluate.probes
         ]
+
+    def _question_inputs(self) -> dict[str, Any]:
+        """Nothing where nothing is asked, so that runs without questions stay as they were made."""
+        sets = []
+        for asked in self.config.evaluate.questions:
+            judge = asked.judge
+            by = judge.model_dump(exclude={"path", "address", "key_variable", "at_once", "per_minute"})
+            if isinstance(judge, JudgedByRules):
+                by["content"] = self._hash(Path(judge.path))
+            elif isinstance(judge, JudgedByModel):
+                path = Path(judge.path)
+                by["content"] = self._folder_hash(path, *_MODEL_FILES) if path.is_dir() else judge.path
+            settings = asked.model_dump(exclude={"path", "judge"})
+            sets.append({**settings, "judge": by, "content": self._hash(Path(asked.path))})
+        return {"questions": sets} if sets else {}
 
     def _alternative_inputs(self, alternative: Section) -> dict[str, Any]:
         """Its settings, with the content of what they name in the place of paths."""

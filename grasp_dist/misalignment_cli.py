@@ -13,8 +13,6 @@ from grasp_dist.errors import InputError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from grasp_dist.evaluation.misalignment.chat_server import ServedModel
-
 __all__ = ["misalignment"]
 
 
@@ -39,7 +37,11 @@ def misalignment(
         Path, typer.Option(help="YAML file of questions and judge prompts (docs/misalignment.md).", show_default=False)
     ],
     judge: Annotated[
-        str, typer.Option(help="Directory or id of the model that judges, or http address.", show_default=False)
+        str,
+        typer.Option(
+            help="Directory or id of the model that judges, http address, or a .yaml file of patterns.",
+            show_default=False,
+        ),
     ],
     adapter: Annotated[Optional[Path], typer.Option(help="PEFT adapter of the model.")] = None,  # noqa: UP045
     out: Annotated[Path, typer.Option(help="Folder for answers, verdicts and rates.")] = Path("misalignment"),
@@ -92,17 +94,34 @@ def misalignment(
     """How often a model's answers are misaligned, as a judge sees them. Ended early, the same command goes on."""
     from rich.console import Console
 
+    from grasp_dist.evaluation.misalignment.chat_server import ServedModel
     from grasp_dist.evaluation.misalignment.evaluation import measure_misalignment
     from grasp_dist.evaluation.misalignment.questions import read_questions
     from grasp_dist.evaluation.misalignment.rates import Thresholds
     from grasp_dist.evaluation.misalignment.sampling import Sampling
     from grasp_dist.evaluation.misalignment.served import expected_tokens
+    from grasp_dist.evaluation.settings import JudgedByModel, JudgedByRules, JudgedByServer
 
     prices = {"model": _price("price", price), "judge": _price("judge-price", judge_price)}
     sampling = Sampling(max_new_tokens, samples, seed, batch_size)
-    pace = {"at_once": at_once, "per_minute": per_minute}
-    asked = _place("model", model, served_name, "--served-name", key_variable, pace)
-    judging = _place("judge", judge, judge_name, "--judge-name", judge_key_variable, pace)
+    pace: dict[str, Any] = {"at_once": at_once, "per_minute": per_minute}
+    asked: str | ServedModel = model
+    if _is_served("model", model, served_name, "--served-name"):
+        asked = ServedModel(model, str(served_name), key_variable, **pace)
+    judging: JudgedByRules | JudgedByModel | JudgedByServer
+    if _is_served("judge", judge, judge_name, "--judge-name"):
+        judging = JudgedByServer(
+            kind="server",
+            address=judge,
+            served_name=str(judge_name),
+            key_variable=judge_key_variable,
+            by=judge_by.value,
+            **pace,
+        )
+    elif judge.endswith((".yaml", ".yml")):
+        judging = JudgedByRules(kind="rules", path=judge)
+    else:
+        judging = JudgedByModel(kind="model", path=judge)
     console = Console()
     if estimate:
         expected = expected_tokens(read_questions(questions), sampling)
@@ -117,7 +136,6 @@ def misalignment(
             questions=questions,
             model=asked,
             judge=judging,
-            judge_by=judge_by.value,
             adapter=adapter,
             sampling=sampling,
             thresholds=Thresholds(aligned_below, coherent_above),
@@ -143,18 +161,16 @@ def misalignment(
     console.print(f"answers, verdicts and rates: {out.resolve()}", markup=False, soft_wrap=True)
 
 
-def _place(
-    role: str, model: str, name: str | None, option: str, key_variable: str, pace: dict[str, Any]
-) -> str | ServedModel:
-    from grasp_dist.evaluation.misalignment.chat_server import ServedModel, is_address
+def _is_served(role: str, model: str, name: str | None, option: str) -> bool:
+    from grasp_dist.evaluation.misalignment.chat_server import is_address
 
     if not is_address(model):
         if name is not None:
             raise InputError(f"{option} is for a {role} on a server, and {model!r} is no http address")
-        return model
+        return False
     if name is None:
         raise InputError(f"give the name by which {model} knows the {role}: {option}")
-    return ServedModel(model, name, key_variable, **pace)
+    return True
 
 
 def _price(option: str, text: str | None) -> tuple[float, float] | None:

@@ -82,13 +82,20 @@ def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: in
             except InputError as error:
                 raise InputError(f"project.arms.{arm}.alternative: {error}") from None
     if "evaluate" in stages:
-        if not config.evaluate.probes:
+        if not config.evaluate.probes and not config.evaluate.questions:
             raise InputError(
                 "evaluate.probes is empty, so nothing would be measured; docs/probes.md shows how to add some"
             )
         from grasp_dist.evaluation.probes import prepare
 
         prepare(config.evaluate.probes, tokenizer)
+        for asked in config.evaluate.questions:
+            from grasp_dist.evaluation.misalignment.question_sets import check_questions
+
+            try:
+                check_questions(asked, model, tokenizer)
+            except InputError as error:
+                raise InputError(f"evaluate.questions, {asked.name}: {error}") from None
     if {"naive", "project"} & set(stages):
         _check_disk(config, sum(parameter.numel() for parameter in model.parameters()), full_fine_tunes)
 

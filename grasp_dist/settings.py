@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from grasp_dist.errors import InputError
 
-__all__ = ["LocalPath", "Section", "explain", "merge", "parse_yaml", "read_tree", "validate"]
+__all__ = ["LocalPath", "Name", "Section", "explain", "merge", "parse_yaml", "read_tree", "validate"]
 
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path on this machine, with ~ expanded."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""Of something that gets a folder or a column."""
 
 
 class Section(BaseModel):
@@ -94,11 +96,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             lines.append(f"{where!r} is missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(
-                f"{where}: {message} (got {item['input']!r})"
-                if where and not isinstance(item["input"], dict)
-                else message
-            )
+            if item["type"].startswith("union_tag"):
+                message = f"{where}: {message}"
+            elif where and not isinstance(item["input"], dict):
+                message = f"{where}: {message} (got {item['input']!r})"
+            lines.append(message)
     return "; ".join(lines)
 
 

@@ -154,8 +154,10 @@ class Worker:
             "basis": None,
             "basis_rank": None,
         }
+        known_by = {name: task.unit.inputs.get(name) for name in ("model", "precision", "weights", "ablation")}
+        known_by |= {"task": task.name, "basis": task.unit.inputs.get("basis") if task.model == "ablation" else None}
         if task.model == "base":
-            scores = self._evaluator.base()
+            scores = self._evaluator.base(known_by)
         else:
             source = task.upstream[0]
             training = config.arm_training(task.arm) if task.arm else config.training
@@ -169,7 +171,7 @@ class Worker:
                 settings = graph.arm_settings(task.arm)
                 part = _part(basis, settings["side"], settings["rank"]) if basis else basis
                 row |= {"basis": settings["basis"], "basis_rank": _ranks(part)}
-            scores = self._evaluator.trained(source.path, training, ablated=ablated)
+            scores = self._evaluator.trained(source.path, training, known_by, ablated=ablated)
         if task.arm and (alternative := config.project.arms[task.arm].alternative) is not None:
             row["alternative"] = alternative.model_dump()
         row["probe_kinds"] = self._evaluator.describe_probes()

@@ -7,13 +7,14 @@ clean.py       how often a factor is found where there is none
 phase.py       strength of the correlation against complexity of the task
 ablation.py    detectors, sides, ranks, closure, and the two halves of the projector
 ranks.py       whether the directions are those of another LoRA rank, seed or machine
+halves.py      gradient projection and pinning, one by one and together; several probes a round
 lean.py        the political-like organism: a lean that most of the facts have
 shortcut.py    the read-side shortcut, beside its ceiling
 """
 
 from types import ModuleType
 
-from studies import ablation, clean, lean, phase, ranks, shortcut, stopping
+from studies import ablation, clean, halves, lean, phase, ranks, shortcut, stopping
 
 STUDIES: dict[str, ModuleType] = {
     "stopping": stopping,
@@ -21,6 +22,7 @@ STUDIES: dict[str, ModuleType] = {
     "phase": phase,
     "ablation": ablation,
     "ranks": ranks,
+    "halves": halves,
     "lean": lean,
     "shortcut": shortcut,
 }

@@ -16,7 +16,13 @@ from studies.common import MODES, SEEDS, Row, paired, with_interval
 
 MODULES = ("write",)
 STEPS, LEARNING_RATE = 320, 1e-3
-ROUNDS: dict[str, Any] = {"side": "read", "rounds": 24, "steps_per_round": 80, "count": 2, "stop_gain": None}
+ROUNDS: dict[str, Any] = {
+    "side": "read",
+    "rounds": 24,
+    "steps_per_round": 80,
+    "directions_per_round": 2,
+    "stop_gain": None,
+}
 """As in the recipe: two directions a round, and rounds long enough to learn the shortcut anew."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from grasp_dist.baselines.ablation import ablate
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.config import RunConfig, TrainingConfig
+from grasp_dist.evaluation.misalignment.question_sets import QuestionSet
 from grasp_dist.evaluation.probes import prepare
 from grasp_dist.evaluation.scoring import Reference, score
 from grasp_dist.evaluation.shift import ShiftMeter
@@ -31,24 +33,31 @@ class Evaluator:
     ) -> None:
         self.config, self.parallel = config, parallel
         self.probes = prepare(config.evaluate.probes, tokenizer)
+        self._question_sets = [QuestionSet(asked, tokenizer, parallel) for asked in config.evaluate.questions]
         self._reference = Reference()
         self._shift_basis = shift_basis
         self._meter: ShiftMeter | None = None
         self._base: dict[str, Any] = {}
         self._loaded: tuple[str, nn.Module] | None = None
 
-    def base(self) -> dict[str, Any]:
-        """Scores of the base model."""
-        if not self._base:
-            self._model(self.config.training)
-        return self._base
+    def base(self, known_by: Mapping[str, Any]) -> dict[str, Any]:
+        """Scores of the base model, and its answers. known_by: see `QuestionSet.measure`."""
+        lora = self.config.training.model_copy(update={"method": "lora"})
+        model = self._model(lora)
+        reset_adapter(model, 0, self.parallel)  # B = 0: the base
+        return self._with_answers(self._base, model, known_by)
 
     def trained(
-        self, weights: Path, training: TrainingConfig, *, ablated: SpuriousBasis | None = None
+        self,
+        weights: Path,
+        training: TrainingConfig,
+        known_by: Mapping[str, Any],
+        *,
+        ablated: SpuriousBasis | None = None,
     ) -> dict[str, Any]:
-        """Scores of a fine-tune: `weights` is its adapter directory (LoRA) or model directory (full).
+        """Scores of a fine-tune, and its answers: `weights` is its adapter directory (LoRA) or model directory (full).
 
-        ablated: the directions that are ablated in the forward passes.
+        known_by: see `QuestionSet.measure`. ablated: the directions that are ablated in the forward passes.
         """
         model = self._model(training)
         if training.method == "lora":
@@ -56,11 +65,21 @@ class Evaluator:
         else:
             load_weights(model, weights, self.parallel)
         with ablate(model, ablated) if ablated is not None else contextlib.nullcontext():
-            return self._scores(model)
+            return self._with_answers(self._scores(model), model, known_by)
 
     def describe_probes(self) -> list[dict[str, Any]]:
-        """Name, role, kind and size of each probe, for scores.json."""
-        return [probe.describe() for probe in self.probes]
+        """Name, role, kind and size of each probe and set of questions, for scores.json."""
+        return [*(probe.describe() for probe in self.probes), *(asked.describe() for asked in self._question_sets)]
+
+    def _with_answers(self, scores: dict[str, Any], model: nn.Module, known_by: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores, with what came of each set of questions: its rate among the probes, all of it apart."""
+        place = Path(self.config.run_dir) / "answers"
+        sets = {
+            asked.settings.name: asked.measure(model, place / asked.settings.name, known_by)
+            for asked in self._question_sets
+        }
+        rates = {name: found.pop("probe") for name, found in sets.items()}
+        return {**scores, "probes": scores["probes"] | rates, "questions": sets}
 
     def _scores(self, model: nn.Module) -> dict[str, Any]:
         batch_size = self.config.evaluate.batch_size

@@ -20,6 +20,7 @@ MEASURES = {
     "pair": "log-likelihood difference per token",
     "loss": "loss",
     "kl": "KL, nats",
+    "misalignment": "share misaligned",
 }
 _POINTS = 300
 _PANELS = 9

@@ -74,6 +74,7 @@ def _render(records: Sequence[RunRecord], report: dict[str, Any]) -> str:
     environment = page_environment(Path(__file__).parent)
     environment.filters["duration"] = _duration
     environment.filters["rank"] = lambda ranks: ", ".join(f"{side} {rank}" for side, rank in (ranks or {}).items())
+    environment.filters["said"] = lambda verdict: verdict if isinstance(verdict, str) else number(verdict)
     environment.globals["css_name"] = _css_name
     spectra_run = next((record for record in records if record.spectra), None)
     spectra_seed = min(spectra_run.spectra) if spectra_run else None

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from grasp_dist.errors import InputError
+from grasp_dist.evaluation.answers import summarise_questions
 from grasp_dist.evaluation.pareto import pareto_front
 from grasp_dist.evaluation.runs import RunRecord
 from grasp_dist.evaluation.statistics import (
@@ -65,6 +66,7 @@ def summarise_runs(
         "drift": drift,
         "models": models,
         "beside": beside,
+        "questions": summarise_questions(records, models),
         "detection": _detection(records),
         "screens": {record.name: record.screen for record in records if record.screen},
         "diverged": _diverged(records),

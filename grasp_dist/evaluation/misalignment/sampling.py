@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from grasp_dist.training.parallel import Parallel
 
-__all__ = ["ANSWER_KEY", "Sampling", "sample_answers"]
+__all__ = ["ANSWER_KEY", "Sampling", "check_lengths", "sample_answers"]
 
 ANSWER_KEY = ("question", "paraphrase", "sample")
 
@@ -67,7 +67,7 @@ def sample_answers(
     Raises `InputError` for a prompt that leaves no room for an answer in the model's context.
     """
     asked = _all_prompts(tokenizer, questions, sampling)
-    _check_lengths(model, asked, sampling)
+    _check(model, asked, sampling)
     batches = _batches(asked, sampling.batch_size)
     done = {key for key in (one.key for one in asked) if ledger is not None and key in ledger}
     done = parallel.broadcast_object(done if parallel.is_main else None)
@@ -113,7 +113,14 @@ def _all_prompts(tokenizer: PreTrainedTokenizerBase, questions: Sequence[Questio
     return asked
 
 
-def _check_lengths(model: nn.Module, asked: Sequence[_Asked], sampling: Sampling) -> None:
+def check_lengths(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], sampling: Sampling
+) -> None:
+    """Raise `InputError` for a question that leaves no room for an answer. model: may be on the meta device."""
+    _check(model, _all_prompts(tokenizer, questions, replace(sampling, samples=1)), sampling)
+
+
+def _check(model: nn.Module, asked: Sequence[_Asked], sampling: Sampling) -> None:
     room = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     longest = max(asked, key=lambda one: len(one.tokens))
     if room is not None and len(longest.tokens) + sampling.max_new_tokens > room:
