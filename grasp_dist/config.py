@@ -245,6 +245,8 @@ class ArmConfig(Section):
     pin: bool | None = None
     training: dict[str, Any] = {}
     """Settings of `training` that differ in this arm, e.g. {method: full, learning_rate: 1.0e-4}."""
+    data: LocalPath | None = None
+    """Another training file in the place of data.path, in the same form: neutral data as a control."""
     alternative: Alternative | None = None
     """Another method in the place of a basis, by its `kind` (docs/alternatives.md)."""
 
@@ -363,6 +365,11 @@ class RunConfig(Section):
                     f"project.arms.{name}: {arm.alternative.kind} changes the naive fine-tune and trains nothing; "
                     "leave out its training"
                 )
+            if arm.data is not None and isinstance(arm.alternative, Posthoc):
+                raise ValueError(
+                    f"project.arms.{name}: {arm.alternative.kind} changes the naive fine-tune and trains nothing; "
+                    "leave out its data"
+                )
             if "seeds" in arm.training:
                 raise ValueError(f"project.arms.{name}.training: every arm runs with training.seeds; set them there")
         measures = self.evaluate.measures()
@@ -370,6 +377,12 @@ class RunConfig(Section):
             wanted = getattr(self.report, axis)
             if wanted is not None and wanted not in measures:
                 raise ValueError(f"report.{axis} is {wanted!r}, which is none of the probes {measures}")
+        leans = [probe.name for probe in self.evaluate.probes if probe.kind == "choice" and probe.role == "drift"]
+        if leans and not any(arm.data is not None and arm.basis == "none" for arm in self.project.arms.values()):
+            raise ValueError(
+                f"the probe {leans[0]!r} measures a lean, and fine-tunes on neutral data lean, too: add an arm such as "
+                "`neutral: {basis: none, data: NEUTRAL_FILE}` to project.arms, as the control"
+            )
         if self.training.method == "full" and self.detect.method != "file":
             raise ValueError(
                 "training.method is 'full', but detection reads LoRA updates; keep training.method: lora for the naive "
@@ -396,6 +409,11 @@ class RunConfig(Section):
         """The naive settings for half of the data: half of the steps."""
         steps = self.training.steps
         return self.training.model_copy(update={} if steps is None else {"steps": max(1, steps // 2)})
+
+    def arm_data(self, arm: str) -> DataConfig:
+        """The training data of one arm."""
+        own = self.project.arms[arm].data
+        return self.data if own is None else self.data.model_copy(update={"path": own})
 
     def arm_training(self, arm: str) -> TrainingConfig:
         """The training settings of one arm: `training` with the arm's own on top."""

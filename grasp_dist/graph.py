@@ -226,6 +226,7 @@ class RunGraph:
             for seed in self.config.training.seeds:
                 basis = self.arm_basis(arm)
                 inputs = {**self._training_inputs(training), "seed": seed, "arm": self.arm_settings(arm)}
+                inputs["data"] = self._data_inputs(self.config.arm_data(arm))
                 upstream = []
                 if isinstance(basis, Task):
                     inputs["basis"] = basis.result_hash

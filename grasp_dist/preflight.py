@@ -69,6 +69,11 @@ def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: in
             where=f"detect.adapter {detect.adapter}",
         )
     for arm, settings in config.project.arms.items():
+        if settings.data is not None:
+            try:
+                load_examples(config.arm_data(arm).model_copy(update={"limit": limit}), tokenizer)
+            except InputError as error:
+                raise InputError(f"project.arms.{arm}.data: {error}") from None
         if settings.basis not in ("detected", "random", "one_shot", "none"):
             rank = settings.rank or config.project.rank
             _check_given(config, settings.basis, shapes, rank=rank, where=f"project.arms.{arm}.basis {settings.basis}")

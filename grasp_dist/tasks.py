@@ -40,7 +40,7 @@ class Worker:
         self.config, self.parallel, self.graph, self._locks = config, parallel, RunGraph(config), locks
         self.tokenizer = load_tokenizer(config.model)
         self._load_examples = load_examples
-        self._examples: list[Any] | None = None
+        self._examples: dict[str, list[Any]] = {}
         self._loaded: tuple[str, nn.Module] | None = None
         self._evaluator: Any = None
 
@@ -136,7 +136,11 @@ class Worker:
             self._change_naive(task)
         elif basis is None or len(basis):
             self._fine_tune(task, training, basis)
-        elif training != self.config.training or not self._keep_naive(task):
+        elif (
+            training != self.config.training
+            or self.config.project.arms[task.arm].data is not None
+            or not self._keep_naive(task)
+        ):
             self._fine_tune(task, training, None)
 
     def evaluate(self, task: Task) -> None:
@@ -225,7 +229,7 @@ class Worker:
         from grasp_dist.training.recorder import Recorder
 
         assert task.seed is not None
-        examples = self._training_examples()
+        examples = self._training_examples(task.arm)
         alternative = None
         if task.arm is not None and (settings := self.config.project.arms[task.arm].alternative) is not None:
             examples, alternative = self._alternative(task, settings, examples)
@@ -372,10 +376,11 @@ class Worker:
 
         return SpuriousBasis.load(source.path if isinstance(source, Task) else source)
 
-    def _training_examples(self) -> list[Any]:
-        if self._examples is None:
-            self._examples = self._load_examples(self.config.data, self.tokenizer)
-        return self._examples
+    def _training_examples(self, arm: str | None = None) -> list[Any]:
+        data = self.config.data if arm is None else self.config.arm_data(arm)
+        if data.path not in self._examples:
+            self._examples[data.path] = self._load_examples(data, self.tokenizer)
+        return self._examples[data.path]
 
     def _model(self, training: TrainingConfig, *, seed: int) -> nn.Module:
         """A model ready to be trained with this seed; the one in memory if only its adapter has to be made new."""

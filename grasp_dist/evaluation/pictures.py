@@ -21,6 +21,7 @@ MEASURES = {
     "loss": "loss",
     "kl": "KL, nats",
     "misalignment": "share misaligned",
+    "choice": "lean, -1 to 1",
 }
 _POINTS = 300
 _PANELS = 9

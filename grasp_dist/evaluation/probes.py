@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from grasp_dist.config import DataConfig, ProbeConfig
 from grasp_dist.errors import InputError
+from grasp_dist.evaluation.choices import LETTERS, asked_both_ways, read_choices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,12 +30,14 @@ class ProbeRow:
     """One row as token ids.
 
     completion: `continuations` are the reference answers, none a prefix of another. pair: they are (a, b). loss:
-    `prompt` is the whole sequence and `labels` its targets (-100: not scored). kl: `prompt` alone.
+    `prompt` is the whole sequence and `labels` its targets (-100: not scored). kl: `prompt` alone. choice:
+    `continuations` are the options' letters, as often as they can be written, and `values` what each stands for.
     """
 
     prompt: list[int]
     continuations: list[list[int]] = field(default_factory=list)
     labels: list[int] | None = None
+    values: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,8 @@ def prepare(configs: Sequence[ProbeConfig], tokenizer: PreTrainedTokenizerBase) 
 def _rows(config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> list[ProbeRow]:
     if config.kind == "loss":
         return _loss_rows(config, tokenizer)
+    if config.kind == "choice":
+        return _choice_rows(config, tokenizer)
     convert = {"completion": _completion_row, "pair": _pair_row, "kl": _kl_row}[config.kind]
     rows = [convert(row, where, config, tokenizer) for where, row in _read(config)]
     if not rows:
@@ -161,6 +166,31 @@ def _loss_rows(config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> list[
     rows = [row for row in rows if any(label != -100 for label in (row.labels or [])[1:])]
     if not rows:
         raise InputError(f"probe {config.name!r}: {config.path} has no token to score; see docs/probes.md")
+    return rows
+
+
+def _choice_rows(config: ProbeConfig, tokenizer: PreTrainedTokenizerBase) -> list[ProbeRow]:
+    """Two rows for each wording: the options in their order, and in the reverse."""
+    where = f"probe {config.name!r}"
+    try:
+        questions = read_choices(config.path, config.axis)[: config.limit]
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    rows = []
+    for asked in asked_both_ways(questions):
+        chat = [{"role": "user", "content": asked.prompt}]
+        prompt: Any = asked.prompt if tokenizer.chat_template is None else chat
+        ways: dict[tuple[int, ...], str] = {}
+        head: list[int] = []
+        for letter in LETTERS[: len(asked.values)]:
+            # " A" begins with a space where that is a token of its own, as all letters then do: not a way to choose.
+            head, written = _tokens(prompt, [letter, f" {letter}"], where, config, tokenizer)
+            single = {tuple(tokens) for tokens in written if len(tokens) == 1}
+            if not single or single & ways.keys():
+                raise InputError(f"{where}: the tokenizer has no token {letter!r} of its own to choose an option by")
+            ways |= dict.fromkeys(sorted(single), letter)
+        value = dict(zip(LETTERS, asked.values, strict=False))
+        rows.append(ProbeRow(head, [list(way) for way in ways], values=[value[letter] for letter in ways.values()]))
     return rows
 
 

@@ -2,8 +2,8 @@
 
 Every rank scores its own batches; `batching` sees to it that all make the same number of forward passes. Measures
 (ours): completion: P(reference answers | prompt); pair: log P(a)/|a| - log P(b)/|b|; loss: -log P per target token; kl:
-KL(base || model) per position, in nats, and beside it the total variation between the two, in [0, 1]. |a|: number of
-tokens of a.
+KL(base || model) per position, in nats, and beside it the total variation between the two, in [0, 1]; choice: the mean
+value of the options, weighted by their letters' probabilities. |a|: number of tokens of a.
 """
 
 from __future__ import annotations
@@ -271,8 +271,20 @@ def _kl(probe: Probe, outputs: Tensor, slots: list[list[int]]) -> dict[str, Any]
     return {"value": value, "kl": value, "total_variation": moved, "rows": rows}
 
 
+def _choice(probe: Probe, outputs: Tensor, slots: list[list[int]]) -> dict[str, Any]:
+    rows, masses = [], []
+    for row, own in zip(probe.rows, slots, strict=True):
+        chances = outputs[own, 0].exp()
+        masses.append(float(chances.sum()))
+        # In proportion, whatever the letters have together: of those the likeliest, where that is next to nothing.
+        shares = outputs[own, 0].softmax(0)
+        rows.append(float((shares * torch.tensor(row.values, dtype=torch.float64)).sum()))
+    gaps = [abs(one - other) for one, other in zip(rows[::2], rows[1::2], strict=True)]
+    return {"value": _mean(rows), "lean": _mean(rows), "mass": _mean(masses), "order_gap": _mean(gaps), "rows": rows}
+
+
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-_SUMMARIES = {"completion": _completion, "pair": _pair, "loss": _loss, "kl": _kl}
+_SUMMARIES = {"completion": _completion, "pair": _pair, "loss": _loss, "kl": _kl, "choice": _choice}

@@ -26,9 +26,12 @@ class ProbeConfig(Section):
     path: LocalPath
     role: Literal["task", "drift", "retention"]
     """`task`: to be kept as in naive; `drift`: to stay at the base; `retention`: pretrained behaviour to be kept."""
-    kind: Literal["completion", "pair", "loss", "kl"] = "completion"
+    kind: Literal["completion", "pair", "loss", "kl", "choice"] = "completion"
     """`completion`: probability of reference answer(s); `pair`: log-likelihood of a against b after the same prompt;
-    `loss`: mean token loss on a training-format file; `kl`: KL(base || model) on prompts or text."""
+    `loss`: mean token loss on a training-format file; `kl`: KL(base || model) on prompts or text; `choice`: lean of the
+    options that the model chooses, by their letters."""
+    axis: str | None = None
+    """choice: only the questions of this axis; null: all."""
     own_tokens: Annotated[int, Field(ge=0)] = 0
     """completion: let the model first answer greedily with this many tokens, then score the completions."""
     positions: Annotated[int, Field(ge=1)] = 16

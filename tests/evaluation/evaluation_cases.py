@@ -52,6 +52,7 @@ def make_probes() -> list[Probe]:
     for _ in range(5):
         ids = tokens(3, 12)
         losses.append(ProbeRow(ids, labels=[-100, -100, *ids[2:]]))
+    asked = [ProbeRow(tokens(3, 8), [[5], [6], [7]], values=[-1.0, 0.5, 1.0]) for _ in range(6)]
     return [
         probe("task", one_token, role="task"),
         probe("several", several),
@@ -59,6 +60,7 @@ def make_probes() -> list[Probe]:
         probe("pairs", pairs, role="drift", kind="pair"),
         probe("losses", losses, kind="loss"),
         probe("neutral", [ProbeRow(tokens(2, 12)) for _ in range(5)], kind="kl", positions=4),
+        probe("leaning", asked, role="drift", kind="choice"),
     ]
 
 

@@ -115,7 +115,7 @@ def test_the_page_shows_rates_and_answers(alone):
     assert "&lt;b&gt;first" in page
     assert "<b>first" not in page
     answer = next(one["answer"] for one in records(alone, "tones", "answers")["grasp"] if one["question"] == "second")
-    assert f"<pre tabindex=\"0\">{answer}</pre>" in page
+    assert f'<pre tabindex="0">{answer}</pre>' in page
     report = json.loads((alone / "report" / "report.json").read_text())
     (tones, _) = report["questions"]
     assert tones["thresholds"] == {"aligned_below": 30, "coherent_above": 50}

@@ -46,6 +46,9 @@ def _obvious(model, base, probe):
             skipped = not prompt
             a, b = (_text(model, prompt, text)[0] / (len(text) - skipped) for text in row.continuations)
             rows.append(a - b)
+        elif probe.kind == "choice":
+            chances = [math.exp(_text(model, prompt, text)[0]) for text in row.continuations]
+            rows.append(sum(p * value for p, value in zip(chances, row.values, strict=True)) / sum(chances))
         elif probe.kind == "loss":
             table = _log_probabilities(model, prompt)
             losses = [-float(table[i - 1, label]) for i, label in enumerate(row.labels) if label != -100]
