@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -16,6 +16,9 @@ from grasp_dist.launch.commands_launch import launch
 from grasp_dist.launch.commands_status import cancel, logs, status
 from grasp_dist.launch.commands_sweep import sweep
 from grasp_dist.misalignment_cli import misalignment
+
+if TYPE_CHECKING:
+    from grasp_dist.config import RunConfig
 
 __all__ = ["app", "main"]
 
@@ -48,13 +51,18 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Check all that can be c
 
 def _stages(ctx: typer.Context, config: Path, stages: tuple[str, ...], nproc: int, dry_run: bool) -> None:
     from grasp_dist.config_files import load_config
-    from grasp_dist.stages import run_stages, work
 
     settings = load_config(config, ctx.obj)
     if settings.tune is not None:
         from grasp_dist.launch.sweep.grid import expand
 
         settings = expand(settings)
+    _run(settings, stages, nproc, dry_run)
+
+
+def _run(settings: RunConfig, stages: tuple[str, ...], nproc: int, dry_run: bool) -> None:
+    from grasp_dist.stages import run_stages, work
+
     if "WORLD_SIZE" in os.environ:  # started by torchrun: one process of a group
         from grasp_dist.worker import run_worker
 
@@ -189,6 +197,39 @@ def report(
         raise InputError("settings with dots belong to a CONFIG; with run directories use --out and --title")
     build_report(sources, out, title=title or ReportConfig().title, task=None, drift=None)
     print(f"report: {(out / 'report.html').resolve()}")
+
+
+@app.command(epilog=_CLUSTER_OVERRIDES, rich_help_panel=_STAGES)
+def compare(
+    ctx: typer.Context,
+    config: Config,
+    methods: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="By name, with commas: arms of CONFIG, or of those that come along. Default: all of both."),
+    ] = None,
+    cluster: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--cluster", help="Where it runs, as `grasp-dist launch` takes it. Default: here."),
+    ] = None,
+    nproc: Nproc = 1,
+    dry_run: DryRun = False,
+) -> None:
+    """GRASP beside its alternatives, on the same data and seeds: all stages, and comparison.html, .json, .csv, .md."""
+    from grasp_dist.comparison import compared
+    from grasp_dist.config_files import load_config
+    from grasp_dist.graph import STAGES
+
+    tree = dict(ctx.obj or {})
+    of_cluster = tree.pop("cluster", None)
+    settings = compared(load_config(config, tree), None if methods is None else methods.split(","))
+    if cluster is not None:
+        from grasp_dist.launch.submit import launch as start
+
+        start(settings, cluster, of_cluster, dry_run=dry_run)
+        return
+    if of_cluster is not None:
+        raise InputError("settings of a cluster belong to --cluster NAME")
+    _run(settings, STAGES, nproc, dry_run)
 
 
 @app.command(rich_help_panel=_LOOKING)

@@ -285,6 +285,8 @@ class ProjectConfig(Section):
 
 
 class ReportConfig(Section):
+    name: Name = "report"
+    """Of the files: report.html, .json, .csv and .md."""
     title: str = "GRASP: task against drift"
     task: str | None = None
     """Probe on the picture's task axis; default: the first with role `task`."""

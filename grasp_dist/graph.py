@@ -292,7 +292,7 @@ class RunGraph:
             "report": self.config.report.model_dump(),
             "scores": {task.name: task.result_hash for task in evaluations},
         }
-        yield self._task("report", "report", inputs, "report.html", upstream=evaluations)
+        yield self._task("report", "report", inputs, f"{self.config.report.name}.html", upstream=evaluations)
 
     # Their inputs
 

@@ -170,9 +170,16 @@ def _report(graph: RunGraph) -> None:
         _collect_scores(graph)
         task.unit.start()
         report = graph.config.report
-        build_report([graph.root], task.unit.folder, title=report.title, task=report.task, drift=report.drift)
-        task.unit.finish(outputs=["report.html", "report.json"], metrics={}, world_size=1)
-    print(f"report: {task.path.resolve()}")
+        build_report(
+            [graph.root],
+            task.unit.folder,
+            name=report.name,
+            title=report.title,
+            task=report.task,
+            drift=report.drift,
+        )
+        task.unit.finish(outputs=[f"{report.name}.html", f"{report.name}.json"], metrics={}, world_size=1)
+    print(f"{graph.config.report.name}: {task.path.resolve()}")
 
 
 def _collect_scores(graph: RunGraph) -> None:

@@ -277,6 +277,7 @@ class Worker:
             "steps": len(result.losses),
             "skipped_steps": len(result.skipped),
             "seconds": result.seconds,
+            "device": self.parallel.device.type,
             "residual": residual[0],
         }
         self._finish(task, lambda: None, metrics)

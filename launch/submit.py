@@ -63,7 +63,8 @@ def launch(
             os.environ |= cluster.environment
         prepare(config, STAGES, dry_run=dry_run)
         if not (jobs := plan_jobs(RunGraph(config), cluster)):
-            print(f"everything is finished: {Path(config.run_dir).absolute() / 'report' / 'report.html'}")
+            page = Path(config.run_dir).absolute() / "report" / f"{config.report.name}.html"
+            print(f"everything is finished: {page}")
             return None
         preview.show_graph(jobs, cluster, title=f"{config.run_dir} on {name}")
         folder = next_folder(config.run_dir) if dry_run else make_folder(config.run_dir)

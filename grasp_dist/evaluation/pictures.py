@@ -28,7 +28,8 @@ _PANELS = 9
 
 
 def trade_off_picture(summary: Mapping[str, Any]) -> str | None:
-    """Task across, drift up: a small mark per model and seed, a large one with standard deviations for the mean."""
+    """Task across, drift up: a small mark per model and seed, a large one for the mean, with an ellipse from three
+    fine-tunes on (see `_ellipse`), else standard deviations; and the Pareto front of the means."""
     task, drift = summary["task"], summary["drift"]
     shown = [model for model in summary["models"] if {task, drift} <= model["probes"].keys()]
     if task is None or drift is None or not shown:
@@ -37,7 +38,7 @@ def trade_off_picture(summary: Mapping[str, Any]) -> str | None:
     with figure(6.2, 4.3) as (made, axes):
         ax = axes[0, 0]
         ax.grid(visible=True)
-        means, labels = {}, []
+        means, labels, ellipses = {}, [], []
         for model in shown:
             name, colour = model["model"], series_colour(model["model"], names)
             points = [
@@ -50,13 +51,24 @@ def trade_off_picture(summary: Mapping[str, Any]) -> str | None:
             if len(points) > 1:
                 ax.scatter(*zip(*points, strict=True), s=22, color=colour, marker=marker, alpha=0.4, linewidths=0)
             x, y = model["probes"][task], model["probes"][drift]
+            drawn = _ellipse(points, colour)
+            if drawn is not None:
+                ellipses.append(drawn)
+            bars = {"xerr": x["sd"], "yerr": y["sd"]} if drawn is None else {}
             ax.errorbar(
-                x["mean"], y["mean"], xerr=x["sd"], yerr=y["sd"], color=colour, marker=marker, markersize=10.5,
+                x["mean"], y["mean"], **bars, color=colour, marker=marker, markersize=10.5,
                 elinewidth=1.4, capsize=0, zorder=5, **_edge(model, colour),
             )  # fmt: skip
             means[name] = (x["mean"], y["mean"])
             labels.append(Label(model["label"], colour, means[name], _reach(points, means[name])))
         ax.margins(0.09)
+        front = [row["model"] for row in (summary.get("beside") or {}).get("rows", []) if row["front"]]
+        if len(front) > 1:
+            path = sorted(means[name] for name in front if name in means)
+            ax.plot(*zip(*path, strict=True), color=MUTED, linewidth=1.2, linestyle=(0, (5, 3)), zorder=2)
+        ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # what the marks need: an ellipse may be larger than the picture
+        for drawn in ellipses:
+            ax.add_patch(drawn)
         if {"base", "naive"} <= means.keys():
             ax.axhline(means["base"][1], color=MUTED, linewidth=1, linestyle=(0, (1, 2.5)), zorder=1)
             ax.axvline(means["naive"][0], color=MUTED, linewidth=1, linestyle=(0, (1, 2.5)), zorder=1)
@@ -175,6 +187,31 @@ def shift_picture(summary: Mapping[str, Any]) -> str | None:
         return to_svg(
             made, "shift", "Shift of the activations along the basis, relative to random directions", f"{words}."
         )
+
+
+def _ellipse(points: Sequence[tuple[float, float]], colour: str) -> Any:
+    """95 % of single fine-tunes, if they are normally distributed with the covariance that is seen (chi-squared, two
+    degrees of freedom); None for fewer than three."""
+    if len(points) < 3:
+        return None
+    import numpy as np
+    from matplotlib.patches import Ellipse
+
+    covariance = np.cov(np.array(points).T)
+    values, vectors = np.linalg.eigh(covariance)
+    width, height = 2 * np.sqrt(5.991 * np.clip(values, 0, None))
+    angle = np.degrees(np.arctan2(vectors[1, 0], vectors[0, 0]))
+    centre = np.mean(points, axis=0)
+    return Ellipse(
+        (float(centre[0]), float(centre[1])),
+        width,
+        height,
+        angle=angle,
+        facecolor=(colour, 0.16),
+        edgecolor=(colour, 0.55),
+        linewidth=0.9,
+        zorder=1.5,
+    )
 
 
 def _reach(points: Sequence[tuple[float, float]], mean: tuple[float, float]) -> tuple[float, float]:

@@ -31,11 +31,12 @@ def build_report(
     run_dirs: Sequence[Path],
     out_dir: Path,
     *,
+    name: str = "report",
     title: str = "GRASP report",
     task: str | None = None,
     drift: str | None = None,
 ) -> dict[str, Any]:
-    """Write report.html, .json, .csv and .md into `out_dir` and return what report.json holds.
+    """Write report.html, .json, .csv and .md into `out_dir` and return what report.json holds. name: of the files.
 
     Needs each run's evaluate/scores.json; whatever else is missing is left out and named on the page. Models of one
     name are pooled over runs and seeds. task, drift: probes on the axes of the picture; None: the first of that role.
@@ -46,6 +47,7 @@ def build_report(
     verdict = judge(summary)
     report = {
         **summary,
+        "name": name,
         "title": title,
         "verdict": {
             "level": verdict.level,
@@ -59,12 +61,12 @@ def build_report(
         "commands": _commands(records, out_dir),
     }
     page = _render(records, report)
-    write_json(out_dir / "report.json", report)
+    write_json(out_dir / f"{name}.json", report)
     try:
-        for name, text in (("report.html", page), ("report.csv", as_csv(report)), ("report.md", as_markdown(report))):
-            temporary = out_dir / f".{name}.tmp"
+        for ending, text in (("html", page), ("csv", as_csv(report)), ("md", as_markdown(report))):
+            temporary = out_dir / f".{name}.{ending}.tmp"
             temporary.write_text(text, encoding="utf-8")
-            temporary.replace(out_dir / name)
+            temporary.replace(out_dir / f"{name}.{ending}")
     except OSError as error:
         raise InputError(f"cannot write the report into {out_dir}: {error.strerror}; choose another folder") from None
     return report
@@ -74,6 +76,8 @@ def _render(records: Sequence[RunRecord], report: dict[str, Any]) -> str:
     environment = page_environment(Path(__file__).parent)
     environment.filters["duration"] = _duration
     environment.filters["rank"] = lambda ranks: ", ".join(f"{side} {rank}" for side, rank in (ranks or {}).items())
+    environment.filters["hours"] = _hours
+    environment.filters["small_percent"] = lambda share: f"{100 * share:.2g} %"
     environment.filters["said"] = lambda verdict: verdict if isinstance(verdict, str) else number(verdict)
     environment.globals["css_name"] = _css_name
     spectra_run = next((record for record in records if record.spectra), None)
@@ -202,6 +206,10 @@ def _css_name(model: str, models: Sequence[dict[str, Any]]) -> str:
     from grasp_dist.evaluation.svg import series_colour, variable_names
 
     return variable_names()[series_colour(model, [other["model"] for other in models])]
+
+
+def _hours(found: dict[str, Any] | None) -> str:
+    return "\N{EN DASH}" if found is None else f"{found['mean']:.3g} ({found['device']})"
 
 
 def _duration(seconds: float | None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from grasp_dist.errors import InputError
 from grasp_dist.evaluation.answers import summarise_questions
+from grasp_dist.evaluation.mechanism import update_shares
 from grasp_dist.evaluation.pareto import pareto_front
 from grasp_dist.evaluation.runs import RunRecord
 from grasp_dist.evaluation.statistics import (
@@ -52,6 +53,7 @@ def summarise_runs(
     models = _ordered(
         [
             _model(name, rows, probes, values, reference=_reference(name, entries), task=task)
+            | {"hours": _hours(records, name), "written": update_shares(records, name)}
             for name, rows in entries.items()
         ]
     )
@@ -268,7 +270,22 @@ def _detection(records: Sequence[RunRecord]) -> dict[str, Any]:
     return {
         "seconds": both("seconds"),
         "steps": {"detection": _mean([len(c) for c in curves]), "naive": _mean([len(c) for c in plain])},
+        "hours": _hours(records, "detection"),
     }
+
+
+def _hours(records: Sequence[RunRecord], model: str) -> dict[str, Any] | None:
+    """{"mean", "device"}: hours of all its processes together for one fine-tune, each process on a device of its own;
+    None where nothing was trained."""
+    found = [
+        (float(seconds) * manifest["world_size"] / 3600, str(manifest["metrics"].get("device", "cpu")))
+        for record in records
+        for (name, _), manifest in record.work.items()
+        if name == model and isinstance(seconds := (manifest.get("metrics") or {}).get("seconds"), (int, float))
+    ]
+    if not found:
+        return None
+    return {"mean": statistics.fmean(hours for hours, _ in found), "device": found[0][1]}
 
 
 def _value(row: dict[str, Any], probe: str) -> float | None:
