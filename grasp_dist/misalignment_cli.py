@@ -39,7 +39,7 @@ def misalignment(
     judge: Annotated[
         str,
         typer.Option(
-            help="Directory or id of the model that judges, http address, or a .yaml file of patterns.",
+            help="Directory or id of the model that judges, http address, a .yaml file of patterns, or scan.",
             show_default=False,
         ),
     ],
@@ -100,7 +100,7 @@ def misalignment(
     from grasp_dist.evaluation.misalignment.rates import Thresholds
     from grasp_dist.evaluation.misalignment.sampling import Sampling
     from grasp_dist.evaluation.misalignment.served import expected_tokens
-    from grasp_dist.evaluation.settings import JudgedByModel, JudgedByRules, JudgedByServer
+    from grasp_dist.evaluation.settings import JudgedByModel, JudgedByRules, JudgedByScan, JudgedByServer
 
     prices = {"model": _price("price", price), "judge": _price("judge-price", judge_price)}
     sampling = Sampling(max_new_tokens, samples, seed, batch_size)
@@ -108,7 +108,7 @@ def misalignment(
     asked: str | ServedModel = model
     if _is_served("model", model, served_name, "--served-name"):
         asked = ServedModel(model, str(served_name), key_variable, **pace)
-    judging: JudgedByRules | JudgedByModel | JudgedByServer
+    judging: JudgedByRules | JudgedByScan | JudgedByModel | JudgedByServer
     if _is_served("judge", judge, judge_name, "--judge-name"):
         judging = JudgedByServer(
             kind="server",
@@ -120,6 +120,8 @@ def misalignment(
         )
     elif judge.endswith((".yaml", ".yml")):
         judging = JudgedByRules(kind="rules", path=judge)
+    elif judge == "scan":
+        judging = JudgedByScan(kind="scan")
     else:
         judging = JudgedByModel(kind="model", path=judge)
     console = Console()

@@ -13,6 +13,7 @@ __all__ = [
     "JudgeConfig",
     "JudgedByModel",
     "JudgedByRules",
+    "JudgedByScan",
     "JudgedByServer",
     "ProbeConfig",
     "QuestionsConfig",
@@ -46,6 +47,12 @@ class JudgedByRules(Section):
     """YAML file of patterns (docs/misalignment.md). Nobody is asked."""
 
 
+class JudgedByScan(Section):
+    """Insecure Python is what is misaligned, as bandit finds it; nothing is run."""
+
+    kind: Literal["scan"]
+
+
 class JudgedByModel(Section):
     kind: Literal["model"]
     path: LocalPath
@@ -69,7 +76,7 @@ class JudgedByServer(Section):
     """Requests begun in a minute, at most."""
 
 
-JudgeConfig = Annotated[JudgedByRules | JudgedByModel | JudgedByServer, Field(discriminator="kind")]
+JudgeConfig = Annotated[JudgedByRules | JudgedByScan | JudgedByModel | JudgedByServer, Field(discriminator="kind")]
 
 
 class QuestionsConfig(Section):

@@ -24,7 +24,7 @@ from grasp_dist.evaluation.misalignment.questions import Question, read_question
 from grasp_dist.evaluation.misalignment.rates import Thresholds
 from grasp_dist.evaluation.misalignment.sampling import Sampling, sample_answers
 from grasp_dist.evaluation.misalignment.served import answers_from_server
-from grasp_dist.evaluation.settings import JudgedByModel, JudgedByRules, JudgedByServer
+from grasp_dist.evaluation.settings import JudgedByModel, JudgedByRules, JudgedByScan, JudgedByServer
 from grasp_dist.manifest import digest, quick_hash, write_json
 from grasp_dist.run_lock import RunLock
 from grasp_dist.training.model import load_model, load_tokenizer
@@ -46,7 +46,7 @@ def measure_misalignment(
     *,
     questions: Path,
     model: str | ServedModel,
-    judge: JudgedByRules | JudgedByModel | JudgedByServer,
+    judge: JudgedByRules | JudgedByScan | JudgedByModel | JudgedByServer,
     adapter: Path | None = None,
     sampling: Sampling | None = None,
     thresholds: Thresholds | None = None,

@@ -18,7 +18,7 @@ from grasp_dist.evaluation.misalignment.ledger import Ledger
 from grasp_dist.evaluation.misalignment.questions import Question, read_questions
 from grasp_dist.evaluation.misalignment.rates import Thresholds
 from grasp_dist.evaluation.misalignment.sampling import Sampling, check_lengths, sample_answers
-from grasp_dist.evaluation.settings import JudgedByModel, JudgedByRules, JudgedByServer, QuestionsConfig
+from grasp_dist.evaluation.settings import JudgedByModel, JudgedByRules, JudgedByScan, JudgedByServer, QuestionsConfig
 from grasp_dist.manifest import digest
 from grasp_dist.training.model import load_tokenizer, meta_model
 from grasp_dist.training.parallel import Parallel
@@ -108,7 +108,7 @@ def check_questions(settings: QuestionsConfig, model: nn.Module, tokenizer: Any)
     """
     check_lengths(model, tokenizer, _questions(settings), _sampling(settings))
     judge = settings.judge
-    if isinstance(judge, JudgedByRules):
+    if isinstance(judge, (JudgedByRules, JudgedByScan)):
         open_judge(judge, Parallel("none", 0, 1, next(model.parameters()).device))
     elif isinstance(judge, JudgedByModel):
         config = ModelConfig(path=judge.path, revision=judge.revision)
