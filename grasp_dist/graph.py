@@ -265,6 +265,7 @@ class RunGraph:
             "probes": self._probe_inputs(),
             "shift": self.config.evaluate.shift,
             **self._question_inputs(),
+            **self._harness_inputs(),
         }
         detect = self.detect_task()
         basis = {"basis": detect.result_hash} if self.config.evaluate.shift else {}
@@ -331,6 +332,13 @@ class RunGraph:
             {**probe.model_dump(exclude={"path"}), "content": self._hash(Path(probe.path))}
             for probe in self.config.evaluate.probes
         ]
+
+    def _harness_inputs(self) -> dict[str, Any]:
+        harness = self.config.evaluate.harness
+        if harness is None:
+            return {}
+        own = None if harness.include_path is None else self._folder_hash(Path(harness.include_path), "**/*")
+        return {"harness": {**harness.model_dump(exclude={"include_path", "batch_size"}), "own": own}}
 
     def _question_inputs(self) -> dict[str, Any]:
         """Nothing where nothing is asked, so that runs without questions stay as they were made."""

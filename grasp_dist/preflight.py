@@ -31,6 +31,7 @@ def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: in
     from grasp_dist.training.data import load_examples
     from grasp_dist.training.loop import num_steps
     from grasp_dist.training.model import load_tokenizer, meta_model
+    from grasp_dist.training.parallel import Parallel
 
     tokenizer = load_tokenizer(config.model)
     model = meta_model(config.model)
@@ -87,13 +88,17 @@ def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: in
             except InputError as error:
                 raise InputError(f"project.arms.{arm}.alternative: {error}") from None
     if "evaluate" in stages:
-        if not config.evaluate.probes and not config.evaluate.questions:
+        if not config.evaluate.measures():
             raise InputError(
                 "evaluate.probes is empty, so nothing would be measured; docs/probes.md shows how to add some"
             )
         from grasp_dist.evaluation.probes import prepare
 
         prepare(config.evaluate.probes, tokenizer)
+        if config.evaluate.harness is not None:
+            from grasp_dist.evaluation.harness import Harness
+
+            Harness(config.evaluate.harness, tokenizer, Parallel("none", 0, 1, next(model.parameters()).device)).check()
         for asked in config.evaluate.questions:
             from grasp_dist.evaluation.misalignment.question_sets import check_questions
 

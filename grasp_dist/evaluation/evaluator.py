@@ -12,6 +12,7 @@ from torch import nn
 from grasp_dist.baselines.ablation import ablate
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.config import RunConfig, TrainingConfig
+from grasp_dist.evaluation.harness import Harness
 from grasp_dist.evaluation.misalignment.question_sets import QuestionSet
 from grasp_dist.evaluation.probes import prepare
 from grasp_dist.evaluation.scoring import Reference, score
@@ -33,6 +34,8 @@ class Evaluator:
     ) -> None:
         self.config, self.parallel = config, parallel
         self.probes = prepare(config.evaluate.probes, tokenizer)
+        harness = config.evaluate.harness
+        self._harness = None if harness is None else Harness(harness, tokenizer, parallel)
         self._question_sets = [QuestionSet(asked, tokenizer, parallel) for asked in config.evaluate.questions]
         self._reference = Reference()
         self._shift_basis = shift_basis
@@ -69,7 +72,9 @@ class Evaluator:
 
     def describe_probes(self) -> list[dict[str, Any]]:
         """Name, role, kind and size of each probe and set of questions, for scores.json."""
-        return [*(probe.describe() for probe in self.probes), *(asked.describe() for asked in self._question_sets)]
+        tasks = [] if self._harness is None else self._harness.describe()
+        own = [*(probe.describe() for probe in self.probes), *(asked.describe() for asked in self._question_sets)]
+        return [*own, *tasks]
 
     def _with_answers(self, scores: dict[str, Any], model: nn.Module, known_by: Mapping[str, Any]) -> dict[str, Any]:
         """The scores, with what came of each set of questions: its rate among the probes, all of it apart."""
@@ -79,6 +84,8 @@ class Evaluator:
             for asked in self._question_sets
         }
         rates = {name: found.pop("probe") for name, found in sets.items()}
+        if self._harness is not None:
+            rates |= self._harness.measure(model)
         return {**scores, "probes": scores["probes"] | rates, "questions": sets}
 
     def _scores(self, model: nn.Module) -> dict[str, Any]:

@@ -22,6 +22,7 @@ MEASURES = {
     "kl": "KL, nats",
     "misalignment": "share misaligned",
     "choice": "lean, -1 to 1",
+    "harness": "lm-eval",
 }
 _POINTS = 300
 _PANELS = 9

@@ -10,6 +10,7 @@ from grasp_dist.settings import LocalPath, Name, Section
 
 __all__ = [
     "EvaluateConfig",
+    "HarnessConfig",
     "JudgeConfig",
     "JudgedByModel",
     "JudgedByRules",
@@ -105,9 +106,29 @@ class QuestionsConfig(Section):
     """... in an answer with a coherence score above this."""
 
 
+class HarnessConfig(Section):
+    """Tasks of the lm-evaluation-harness (extra `eval`)."""
+
+    tasks: Annotated[list[Name], Field(min_length=1)]
+    """By the names that it knows, or those of YAML files in include_path."""
+    include_path: LocalPath | None = None
+    """Folder of task files of your own."""
+    role: Literal["task", "retention"] = "retention"
+    metric: str | None = None
+    """Of each task; null: its accuracy, normalised where it has that, or what else it has."""
+    num_fewshot: Annotated[int, Field(ge=0)] | None = None
+    """Examples before each question; null: what the task says."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Questions of each task."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    apply_chat_template: bool = False
+    seed: int = 0
+
+
 class EvaluateConfig(Section):
     probes: list[ProbeConfig] = []
     questions: list[QuestionsConfig] = []
+    harness: HarnessConfig | None = None
     batch_size: Annotated[int, Field(ge=1)] = 64
     """Sequences per forward pass and rank."""
     ablation: bool = True
@@ -119,9 +140,10 @@ class EvaluateConfig(Section):
     def _unique(self) -> EvaluateConfig:
         names = self.measures()
         if len(set(names)) != len(names):
-            raise ValueError(f"evaluate: the names of probes and questions must differ, got {names}")
+            raise ValueError(f"evaluate: the names of probes, questions and tasks must differ, got {names}")
         return self
 
     def measures(self) -> list[str]:
         """Names of everything that is measured."""
-        return [*(probe.name for probe in self.probes), *(asked.name for asked in self.questions)]
+        tasks = self.harness.tasks if self.harness is not None else []
+        return [*(probe.name for probe in self.probes), *(asked.name for asked in self.questions), *tasks]

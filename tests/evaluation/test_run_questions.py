@@ -156,7 +156,7 @@ def test_two_processes_answer_and_judge_as_one(organism, inputs, tmp_path):
         ({"judge": {"kind": "model", "path": "nowhere"}}, "nowhere"),
         ({"judge": {"kind": "server", "address": "judges", "served_name": "big"}}, "'judges' is no http address"),
         ({"judge": {"kind": "jury"}}, "judge.*'rules', 'model', 'server'"),
-        ({"name": "drift"}, "names of probes and questions must differ"),
+        ({"name": "drift"}, "names of probes, questions and tasks must differ"),
     ],
 )
 def test_what_cannot_be_asked_is_said_before_anything_runs(organism, inputs, tmp_path, change, said):
