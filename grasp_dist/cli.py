@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Remove spurious correlations from LLM fine-tuning: find the responsible directions in the weights of a naive "
-    "LoRA fine-tune (detect), fine-tune again with gradients projected off them (project), and measure what was kept "
+    "LoRA fine-tune (detect), fine-tune again with updates projected off them (project), and measure what was kept "
     "and what is gone (evaluate, report). Start with: grasp-dist run recipes/organism.yaml --nproc 2",
 )
 organism = typer.Typer(

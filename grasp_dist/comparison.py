@@ -15,10 +15,10 @@ from grasp_dist.settings import explain
 __all__ = ["METHODS", "compared", "methods_for"]
 
 METHODS = {
-    "grasp": "gradients projected off what was detected, and the weights pinned there",
+    "grasp": "weights pinned along what was detected, whatever the optimizer makes of the gradient",
     "random": "the same with a random basis of equal ranks: the control",
-    "grasp_gradient": "gradients projected, nothing pinned",
-    "grasp_pinned": "pinned, gradients as they are",
+    "grasp_gradient": "gradients projected off it, nothing pinned",
+    "grasp_both": "gradients projected and weights pinned",
     "caft": "directions of the naive shift ablated in training's forward passes",
     "backward": "the residual stream's gradient projected off the same directions",
     "steering": "the naive shift added in training's forward passes",
@@ -66,10 +66,10 @@ def methods_for(training: TrainingConfig) -> dict[str, ArmConfig]:
     if training.steps is not None:
         half = {"steps": max(1, training.steps // 2)}
     arms: dict[str, dict[str, Any]] = {
-        "grasp": {},
+        "grasp": {"gradient": False, "pin": True},
         "random": {"basis": "random"},
-        "grasp_gradient": {"pin": False},
-        "grasp_pinned": {"gradient": False},
+        "grasp_gradient": {"gradient": True, "pin": False},
+        "grasp_both": {"gradient": True, "pin": True},
         "caft": {"alternative": {"kind": "caft"}},
         "backward": {"alternative": {"kind": "backward_projection"}},
         "steering": {"alternative": {"kind": "preventative_steering"}},

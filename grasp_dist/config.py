@@ -242,7 +242,9 @@ class ArmConfig(Section):
     side: Side | None = None
     """Default: project.side."""
     gradient: bool | None = None
+    """Default: project.gradient."""
     pin: bool | None = None
+    """Default: project.pin."""
     training: dict[str, Any] = {}
     """Settings of `training` that differ in this arm, e.g. {method: full, learning_rate: 1.0e-4}."""
     data: LocalPath | None = None
@@ -267,10 +269,10 @@ class ProjectConfig(Section):
     """Use the first k directions of each weight; null: all."""
     side: Side | None = None
     """Use this side only; null: every side that the basis has."""
-    gradient: bool = True
-    """Project gradients before clipping."""
+    gradient: bool = False
+    """Project gradients before clipping. Off: with pinning it left more drift than either alone (docs/detection.md)."""
     pin: bool = True
-    """Restore U^T W and W V after every optimizer step."""
+    """Restore U^T W and W V after every optimizer step, which projects what the optimizer made of the gradient."""
     arms: dict[Name, ArmConfig] = {"grasp": ArmConfig(), "random": ArmConfig(basis="random")}
     """The protected fine-tunes by name. A random-basis control is added when none is there."""
 

@@ -53,13 +53,13 @@ def test_one_command_trains_measures_and_compares(organism, tmp_path):
     tree["training"]["seeds"] = [0, 1, 2]
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
-    done = grasp_dist("compare", path, "--methods", "grasp,grasp_pinned,shorter,tail")
+    done = grasp_dist("compare", path, "--methods", "grasp,grasp_gradient,shorter,tail")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folder = tmp_path / "run" / "report"
     assert f"comparison: {folder / 'comparison.html'}" in done.stdout
     found = json.loads((folder / "comparison.json").read_text())
     models = {model["model"]: model for model in found["models"]}
-    assert set(models) == {"base", "naive", "ablation", "grasp", "grasp_pinned", "shorter", "tail", "random"}
+    assert set(models) == {"base", "naive", "ablation", "grasp", "grasp_gradient", "shorter", "tail", "random"}
     assert {row["model"] for row in csv.DictReader((folder / "comparison.csv").open())} == set(models)
     page = (folder / "comparison.html").read_text()
     assert "comparison.json" in page
@@ -70,7 +70,7 @@ def test_one_command_trains_measures_and_compares(organism, tmp_path):
     for name in ("naive", "grasp"):
         hours = models[name]["seconds"] / 3600
         assert models[name]["hours"]["mean"] == pytest.approx(hours, rel=1e-6), "one process"
-    again = grasp_dist("compare", path, "--methods", "grasp,grasp_pinned,shorter,tail")
+    again = grasp_dist("compare", path, "--methods", "grasp,grasp_gradient,shorter,tail")
     assert again.returncode == 0
     assert "step" not in again.stdout, "what was finished is kept"
     table = (folder / "comparison.md").read_text()
