@@ -25,6 +25,7 @@ __all__ = [
     "ProjectConfig",
     "ReportConfig",
     "RunConfig",
+    "TrackConfig",
     "TrainingConfig",
     "TuneConfig",
 ]
@@ -296,6 +297,15 @@ class ReportConfig(Section):
     """Probe on the picture's drift axis; default: the first with role `drift`."""
 
 
+class TrackConfig(Section):
+    """Where the metrics of training go beside metrics.jsonl and TensorBoard. Not part of what a run is: it can be
+    changed at any time."""
+
+    to: Literal["wandb", "trackio"]
+    """A package that is installed. Its own environment variables say where and as whom (WANDB_MODE, TRACKIO_DIR)."""
+    project: str = "grasp_dist"
+
+
 class TuneConfig(Section):
     """A sweep: one protected fine-tune per side, rank and seed, on one basis (`grasp-dist sweep`). Lists can be written
     `1,2,4`."""
@@ -348,6 +358,7 @@ class RunConfig(Section):
     project: ProjectConfig = ProjectConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+    track: TrackConfig | None = None
     tune: TuneConfig | None = None
     """What a sweep varies; null: this is no sweep."""
 

@@ -33,6 +33,10 @@ def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: in
     from grasp_dist.training.model import load_tokenizer, meta_model
     from grasp_dist.training.parallel import Parallel
 
+    if config.track is not None:
+        from grasp_dist.training.tracking import check_tracker
+
+        check_tracker(config.track)
     tokenizer = load_tokenizer(config.model)
     model = meta_model(config.model)
     shapes = {f"{name}.weight": logical_shape(module) for name, module in linear_modules(model).items()}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from grasp_dist.basis import SpuriousBasis
     from grasp_dist.training.checkpoints.saving import Keeper
     from grasp_dist.training.parallel import Parallel
+    from grasp_dist.training.tracking import Tracker
 
 __all__ = ["Worker"]
 
@@ -115,7 +116,7 @@ class Worker:
             from grasp_dist.training.recorder import Recorder
 
             model = self._model(self.config.training, seed=detect.seed)
-            with Recorder(task.unit.folder, self.parallel, task.name) as recorder:
+            with Recorder(task.unit.folder, self.parallel, task.name, self._tracker(task)) as recorder:
                 basis = deflate(
                     model,
                     self._training_examples(),
@@ -257,7 +258,7 @@ class Worker:
             else:
                 save_model(model, self.tokenizer, task.path, self.parallel)
 
-        with Recorder(task.unit.folder, self.parallel, task.name) as recorder:
+        with Recorder(task.unit.folder, self.parallel, task.name, self._tracker(task)) as recorder:
             result = train(
                 model,
                 examples,
@@ -281,6 +282,11 @@ class Worker:
             "residual": residual[0],
         }
         self._finish(task, lambda: None, metrics)
+
+    def _tracker(self, task: Task) -> Tracker | None:
+        from grasp_dist.training.tracking import Tracker
+
+        return None if self.config.track is None else Tracker(self.config, task.name)
 
     def _alternative(self, task: Task, settings: Any, examples: list[Any]) -> tuple[list[Any], Any]:
         """Its examples, and what it is trained with."""

@@ -14,6 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from grasp_dist.training.files import describe_write_error
 from grasp_dist.training.parallel import Parallel
+from grasp_dist.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,12 +30,12 @@ class Recorder:
     """`log(step, name=value, ...)` adds a line to `<folder>/metrics.jsonl` at once, and a point to TensorBoard.
 
     Several runs that share a recorder (deflation's restarts) follow each other in it with continued step numbers. On
-    ranks other than 0 nothing happens. On a terminal a progress bar moves; elsewhere a line is printed every
-    `log_every` steps.
+    ranks other than 0 nothing happens. A tracker is told the same. On a terminal a progress bar moves; elsewhere a line
+    is printed every `log_every` steps.
     """
 
-    def __init__(self, folder: str | Path, parallel: Parallel, title: str) -> None:
-        self._folder, self._title = Path(folder), title
+    def __init__(self, folder: str | Path, parallel: Parallel, title: str, tracker: Tracker | None = None) -> None:
+        self._folder, self._title, self._tracker = Path(folder), title, tracker
         self._active = parallel.is_main
         self._file: IO[str] | None = None
         self._board: SummaryWriter | None = None
@@ -79,6 +80,8 @@ class Recorder:
             except OSError as error:  # of its own thread, some steps before
                 self._board = None
                 raise describe_write_error(error, self._folder / _BOARD) or error from None
+        if self._tracker is not None:
+            self._tracker.log(step, metrics)
         if self._progress is not None and self._bar is not None:
             self._progress.update(self._bar, completed=step, **_columns(metrics))
         elif step % self._log_every == 0 or step == self._steps:
@@ -101,6 +104,8 @@ class Recorder:
         if self._board is not None:
             with contextlib.suppress(OSError):  # a picture of what metrics.jsonl holds
                 self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
         if self._file is not None:
             with contextlib.suppress(OSError):  # what could not be written was said by `log`
                 self._file.close()
@@ -131,6 +136,8 @@ class Recorder:
             raise describe_write_error(error, path) or error from None
         self._last = first_step
         self._board = _summary_writer(self._folder / _BOARD, first_step)
+        if self._tracker is not None:
+            self._tracker.begin()
         if self._excepthook is None:
             self._excepthook, threading.excepthook = threading.excepthook, self._thread_failed
 
