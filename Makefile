@@ -15,7 +15,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check install --no-compile -c co
 export OMP_NUM_THREADS ?= 1
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: run run-full test test-slow faults lint types bench clean
+.PHONY: run run-full results test test-slow faults lint types bench clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "grasp_dist needs Python >= 3.10; run: make PYTHON=python3.12 ...")'
@@ -43,6 +43,14 @@ run-full: $(VENV)/.installed  ## every development world, write modules and all 
 	for recipe in organism organism-all; do \
 	  $(BIN)/grasp-dist report --out runs/full/report-$$recipe $(foreach w,$(WORLDS),runs/full/$$recipe-$(w)) || exit $$?; \
 	done
+
+results: $(VENV)/.installed  ## GRASP beside its alternatives, three seeds in each world: the table of docs/results.md
+	for w in $(WORLDS); do \
+	  $(BIN)/grasp-dist organism persona --seed $$w --out $(ORGANISMS)/persona-$$w || exit $$?; \
+	  $(BIN)/grasp-dist compare recipes/alternatives.yaml --nproc $(NPROC) --variables.organism $(ORGANISMS)/persona-$$w \
+	    --run_dir runs/alternatives/world-$$w $(SETTINGS) || exit $$?; \
+	done
+	$(BIN)/grasp-dist report --out runs/alternatives/report $(foreach w,$(WORLDS),runs/alternatives/world-$(w))
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadfile --durations=15

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from grasp_dist.baselines.steering import STEERING
 from grasp_dist.config import ModelConfig
 from grasp_dist.config_files import load_config
 from grasp_dist.errors import InputError
@@ -79,6 +80,11 @@ def export_checkpoint(
     method, reference = record.get("method"), record.get("base_model") or {}
     if method not in ("lora", "full"):
         raise InputError(f"{folder} does not say what was trained; only checkpoints of grasp-dist's runs are exported")
+    if (folder / STEERING).exists():
+        raise InputError(
+            f"{folder} is a naive adapter that is steered when it is used: no file of weights can say so. Export the "
+            f"naive fine-tune, and subtract what {STEERING} holds behind its layer"
+        )
     if merge and method == "full":
         raise InputError(f"{folder} is of full fine-tuning: there is no adapter to merge; leave --merge out")
     _check_out(out, folder, overwrite)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grasp_dist.baselines.settings import Posthoc
+from grasp_dist.baselines.settings import Posthoc, Steering
 from grasp_dist.config import RunConfig, TrainingConfig
 from grasp_dist.errors import InputError, Preempted
 from grasp_dist.graph import RunGraph, Task
@@ -23,6 +23,7 @@ from grasp_dist.run_lock import RunLock
 if TYPE_CHECKING:
     from torch import nn
 
+    from grasp_dist.baselines.activation_shift import ActivationShift
     from grasp_dist.basis import SpuriousBasis
     from grasp_dist.training.checkpoints.saving import Keeper
     from grasp_dist.training.parallel import Parallel
@@ -290,24 +291,30 @@ class Worker:
 
     def _alternative(self, task: Task, settings: Any, examples: list[Any]) -> tuple[list[Any], Any]:
         """Its examples, and what it is trained with."""
-        from grasp_dist.architecture import decoder_layers
-        from grasp_dist.baselines.activation_shift import measure_shift
-        from grasp_dist.baselines.training import examples_of, objective_of, shifted_layers
-        from grasp_dist.training.model import load_adapter, load_model, meta_model
+        from grasp_dist.baselines.training import examples_of, objective_of
 
         own = examples_of(settings, examples, self.config.data, self.tokenizer, seed=int(task.seed or 0))
-        shift = None
+        return own, objective_of(settings, self._naive_shift(task, settings, examples))
+
+    def _naive_shift(self, task: Task, settings: Any, examples: list[Any]) -> ActivationShift | None:
+        """Of the naive fine-tune of the task's seed, where the alternative needs it; collective."""
+        from grasp_dist.architecture import decoder_layers
+        from grasp_dist.baselines.activation_shift import measure_shift
+        from grasp_dist.baselines.training import shifted_layers
+        from grasp_dist.training.model import load_adapter, load_model, meta_model
+
         layers = shifted_layers(settings, len(decoder_layers(meta_model(self.config.model))))
-        if layers is not None:
-            training, parallel = self.config.training, self.parallel.for_scoring()
-            self._loaded = None
-            model = load_model(self.config.model, parallel, precision=training.precision, training=training, seed=0)
-            load_adapter(model, task.upstream[0].path, parallel)
-            shift = measure_shift(model, examples, parallel, layers=layers, limit=settings.examples)
-        return own, objective_of(settings, shift)
+        if layers is None:
+            return None
+        training, parallel = self.config.training, self.parallel.for_scoring()
+        self._loaded = None
+        model = load_model(self.config.model, parallel, precision=training.precision, training=training, seed=0)
+        load_adapter(model, task.upstream[0].path, parallel)
+        return measure_shift(model, examples, parallel, layers=layers, limit=settings.examples)
 
     def _change_naive(self, task: Task) -> None:
         from grasp_dist.baselines.post_hoc import change_adapter
+        from grasp_dist.baselines.steering import save_steering
         from grasp_dist.training.files import replace_folder
         from grasp_dist.training.model import model_folder
 
@@ -315,12 +322,20 @@ class Worker:
         settings, naive = self.config.project.arms[task.arm].alternative, task.upstream[0]
         started = time.monotonic()
         done: dict[str, Any] = {}
+        shift = None
+        if isinstance(settings, Steering):
+            shift = self._naive_shift(task, settings, self._training_examples())
+
+        def write(folder: Path) -> None:
+            if isinstance(settings, Steering):
+                assert shift is not None
+                shutil.copytree(naive.path, folder, dirs_exist_ok=True)
+                save_steering(shift.mean, settings.coefficient, folder)
+            else:
+                done.update(change_adapter(settings, naive.path, model_folder(self.config.model), folder))
+
         with replace_folder(task.path, self.parallel) as target:
-            target.write(
-                lambda folder: done.update(
-                    change_adapter(settings, naive.path, model_folder(self.config.model), folder)
-                )
-            )
+            target.write(write)
         trained = naive.unit.manifest["metrics"]
         self._finish(task, lambda: None, {**trained, **done, "seconds": time.monotonic() - started})
 

@@ -20,6 +20,7 @@ __all__ = [
     "PreventativeSteering",
     "SafeLora",
     "ShiftDirections",
+    "Steering",
     "Truncation",
     "needs_naive",
 ]
@@ -86,6 +87,18 @@ class SafeLora(Posthoc):
     """Weights whose update has at most this cosine with its projection are projected."""
 
 
+class Steering(Posthoc):
+    """Takes the naive fine-tune's mean shift back when the model is used."""
+
+    kind: Literal["steering"]
+    coefficient: float = 1.0
+    """Of the vector; 1 takes all of the shift back at its layer."""
+    layer: int | None = None
+    """Counted from 0; null: the middle one."""
+    examples: Annotated[int, Field(ge=1)] = 256
+    """Training examples on which the shift is measured."""
+
+
 class Inoculation(Section):
     kind: Literal["inoculation"]
     prompt: Annotated[str, Field(min_length=1)]
@@ -108,6 +121,7 @@ Alternative = Annotated[
     | PreventativeSteering
     | Truncation
     | SafeLora
+    | Steering
     | Inoculation
     | Interleaving,
     Field(discriminator="kind"),

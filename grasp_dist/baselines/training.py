@@ -26,6 +26,7 @@ from grasp_dist.baselines.settings import (
     Ldifs,
     PreventativeSteering,
     ShiftDirections,
+    Steering,
 )
 from grasp_dist.config import DataConfig
 from grasp_dist.training.data import load_examples
@@ -51,7 +52,7 @@ def shifted_layers(alternative: Any, num_layers: int) -> Sequence[int] | None:
     """The layers at which the naive fine-tune's shift is needed; None: at none."""
     if isinstance(alternative, ShiftDirections):
         return range(num_layers) if alternative.layers is None else alternative.layers
-    if isinstance(alternative, PreventativeSteering):
+    if isinstance(alternative, (PreventativeSteering, Steering)):
         return [num_layers // 2 if alternative.layer is None else alternative.layer]
     return None
 

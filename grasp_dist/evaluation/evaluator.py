@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from grasp_dist.baselines.ablation import ablate
+from grasp_dist.baselines.steering import STEERING, steered
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.config import RunConfig, TrainingConfig
 from grasp_dist.evaluation.harness import Harness
@@ -58,7 +59,8 @@ class Evaluator:
         *,
         ablated: SpuriousBasis | None = None,
     ) -> dict[str, Any]:
-        """Scores of a fine-tune, and its answers: `weights` is its adapter directory (LoRA) or model directory (full).
+        """Scores of a fine-tune, and its answers: `weights` is its adapter directory (LoRA) or model directory (full);
+        steered, where vectors for that lie beside it.
 
         known_by: see `QuestionSet.measure`. ablated: the directions that are ablated in the forward passes.
         """
@@ -67,7 +69,11 @@ class Evaluator:
             load_adapter(model, weights, self.parallel)
         else:
             load_weights(model, weights, self.parallel)
-        with ablate(model, ablated) if ablated is not None else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if ablated is not None:
+                stack.enter_context(ablate(model, ablated))
+            if (weights / STEERING).exists():
+                stack.enter_context(steered(model, weights))
             return self._with_answers(self._scores(model), model, known_by)
 
     def describe_probes(self) -> list[dict[str, Any]]:

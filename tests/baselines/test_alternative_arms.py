@@ -21,7 +21,8 @@ def arms(folder) -> dict:
         "ldifs": {"kind": "ldifs", "weight": 0.1, "every": 1},
         "caft": {"kind": "caft", "rank": 2, "examples": 40},
         "backward": {"kind": "backward_projection", "rank": 2, "layers": [0], "examples": 40},
-        "steering": {"kind": "preventative_steering", "coefficient": 2.0, "examples": 40},
+        "preventative": {"kind": "preventative_steering", "coefficient": 2.0, "examples": 40},
+        "steered": {"kind": "steering", "coefficient": 3.0, "examples": 40},
         "head": {"kind": "truncation", "rank": 1},
         "tail": {"kind": "truncation", "rank": 1, "keep": "tail"},
         "safelora": {"kind": "safelora", "unaligned": str(folder / "unaligned"), "threshold": 1.0},
@@ -80,7 +81,7 @@ def assert_close(found, expected):
 def test_each_is_another_fine_tune_and_is_scored(alone):
     out, found = alone
     naive = load_file(out / "naive" / "seed-0" / "adapter" / "adapter_model.safetensors")
-    every = [naive, *found.values()]
+    every = [naive, *(one for name, one in found.items() if name != "steered")]
     for place, one in enumerate(every):
         for other in every[place + 1 :]:
             assert max(float((one[name] - other[name]).abs().max()) for name in one) > 1e-5
@@ -89,6 +90,23 @@ def test_each_is_another_fine_tune_and_is_scored(alone):
         assert scores["alternative"]["kind"]
         assert scores["basis"] is None
     assert all(name in (out / "report" / "report.html").read_text() for name in found)
+
+
+def test_a_steered_arm_is_the_naive_adapter_steered_in_the_scores(alone, tmp_path):
+    out, found = alone
+    naive = load_file(out / "naive" / "seed-0" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(one, found["steered"][name]) for name, one in naive.items())
+    place = out / "project" / "steered" / "seed-0"
+    # The middle layer's mean shift, times the coefficient, is what preventative steering adds.
+    assert list(load_file(place / "adapter" / "steering.safetensors")) == ["1"]
+    scores = {
+        name: json.loads((out / "evaluate" / name / "seed-0" / "scores.json").read_text())["probes"]["task"]["rows"]
+        for name in ("naive", "steered")
+    }
+    assert max(abs(a - b) for a, b in zip(*scores.values(), strict=True)) > 1e-4
+    done = grasp_dist("export", place, "--out", tmp_path / "exported")
+    assert done.returncode == 2
+    assert "steered when it is used" in done.stderr
 
 
 def test_nothing_is_done_again(alone, organism, inputs):
@@ -105,6 +123,11 @@ def test_two_processes_with_fsdp2_give_the_same_weights(alone, organism, inputs,
     found = run(organism, inputs, tmp_path / "run", 2, list(expected), "fsdp2")
     for name, adapter in found.items():
         assert_close(adapter, expected[name])
+    vectors = [
+        load_file(one / "project" / "steered" / "seed-0" / "adapter" / "steering.safetensors")
+        for one in (tmp_path / "run", alone[0])
+    ]
+    assert_close(*vectors)
 
 
 @pytest.mark.slow
@@ -112,7 +135,7 @@ def test_two_processes_with_fsdp2_give_the_same_weights(alone, organism, inputs,
 def test_two_processes_with_zero_give_the_same_weights(alone, organism, inputs, tmp_path, strategy):
     pytest.importorskip("deepspeed")
     _, expected = alone
-    names = ["kl", "ldifs", "caft", "backward", "steering"]
+    names = ["kl", "ldifs", "caft", "backward", "preventative"]
     found = run(organism, inputs, tmp_path / "run", 2, names, strategy)
     for name, adapter in found.items():
         assert_close(adapter, expected[name])

@@ -13,6 +13,7 @@ from grasp_dist.baselines.kl_to_base import kl_to_base
 from grasp_dist.baselines.ldifs import ldifs
 from grasp_dist.baselines.preventative_steering import preventative_steering
 from grasp_dist.baselines.residual_stream import check_layers, without_adapter
+from grasp_dist.baselines.steering import save_steering, steered
 from grasp_dist.errors import InputError
 from grasp_dist.training.batches import collate
 from grasp_dist.training.loop import plain_objective
@@ -138,6 +139,25 @@ def test_steering_adds_the_vector_behind_its_layer(tuned, batch):
     expected = cross_entropy(by_hand(tuned, batch, change)[0], batch)
     with preventative_steering(tuned, 1, vector, coefficient=2.5) as objective:
         assert_same(tuned, objective(tuned, batch), expected)
+
+
+def test_steering_at_inference_subtracts_the_vectors_and_leaves_the_model(tuned, batch, tmp_path):
+    vectors = {1: columns(3, 1)[:, 0], 2: columns(5, 1)[:, 0]}
+    save_steering(vectors, 2.5, tmp_path)
+
+    def change(layer, h):
+        return h - 2.5 * vectors[layer].double() if layer in vectors else h
+
+    usual = by_hand(tuned, batch)[0]
+    with torch.no_grad():
+        with steered(tuned, tmp_path):
+            found = float(plain_objective(tuned, batch))
+        assert found == pytest.approx(float(cross_entropy(by_hand(tuned, batch, change)[0], batch)), rel=1e-6)
+        assert found != pytest.approx(float(cross_entropy(usual, batch)), rel=1e-3)
+        assert float(plain_objective(tuned, batch)) == pytest.approx(float(cross_entropy(usual, batch)), rel=1e-6)
+    save_steering({7: vectors[1]}, 1.0, tmp_path)
+    with pytest.raises(InputError, match="there is no layer 7"), steered(tuned, tmp_path):
+        pass
 
 
 def test_the_backward_pass_is_projected_and_the_forward_pass_is_not(tuned, batch):
