@@ -155,7 +155,7 @@ def test_two_processes_answer_and_judge_as_one(organism, inputs, tmp_path):
         ({"judge": {"kind": "rules", "path": "nowhere.yaml"}}, "nowhere.yaml"),
         ({"judge": {"kind": "model", "path": "nowhere"}}, "nowhere"),
         ({"judge": {"kind": "server", "address": "judges", "served_name": "big"}}, "'judges' is no http address"),
-        ({"judge": {"kind": "jury"}}, "judge.*'rules', 'model', 'server'"),
+        ({"judge": {"kind": "jury"}}, "judge.*'rules', 'scan', 'model', 'server'"),
         ({"name": "drift"}, "names of probes, questions and tasks must differ"),
     ],
 )
