@@ -166,9 +166,7 @@ class CheckpointConfig(Section):
     takes longer. null: it waits for the save."""
 
 
-class ScreenConfig(Section):
-    """Is there anything to remove? Naive fine-tunes on the two halves of the data are compared on generic prompts."""
-
+class GenericPrompts(Section):
     prompts: LocalPath | None = None
     """JSON lines of {"prompt"}, {"text"} or {"messages"} that have nothing to do with the data; no answers. Default:
     those of the first `kl` probe."""
@@ -176,6 +174,11 @@ class ScreenConfig(Section):
     """How many last positions of each prompt are compared. Default: as that probe has it."""
     limit: Annotated[int, Field(ge=1)] = 256
     """How many prompts are read."""
+
+
+class ScreenConfig(GenericPrompts):
+    """Is there anything to remove? Naive fine-tunes on the two halves of the data are compared on generic prompts."""
+
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.05
     """Probability that both halves' fine-tunes must move alike for a factor to be found (docs/detection.md)."""
 
@@ -265,6 +268,17 @@ class ArmConfig(Section):
         return self
 
 
+class CheckConfig(GenericPrompts):
+    """Did the removal work? A protected fine-tune is compared with the naive one of its seed on generic prompts. Where
+    it moved almost as far from the base, it has found a way that was not blocked: the leading directions of its own
+    update join its basis, and it is made again. LoRA fine-tunes with a detected basis or a file's."""
+
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of the total variation from the base, as a share of the naive fine-tune's: above it the removal has failed."""
+    repeats: Annotated[int, Field(ge=1)] = 3
+    """How often a fine-tune is made again, at most."""
+
+
 class ProjectConfig(Section):
     rank: Annotated[int, Field(ge=1)] | None = None
     """Use the first k directions of each weight; null: all."""
@@ -274,6 +288,8 @@ class ProjectConfig(Section):
     """Project gradients before clipping. Off: with pinning it left more drift than either alone (docs/detection.md)."""
     pin: bool = True
     """Restore U^T W and W V after every optimizer step, which projects what the optimizer made of the gradient."""
+    check: CheckConfig | None = None
+    """Look behind each fine-tune whether the removal worked; if not, block what it found, and again. null: not."""
     arms: dict[Name, ArmConfig] = {"grasp": ArmConfig(), "random": ArmConfig(basis="random")}
     """The protected fine-tunes by name. A random-basis control is added when none is there."""
 
@@ -406,19 +422,32 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _screen_prompts(self) -> RunConfig:
-        screen = self.detect.screen
+    def _generic_prompts(self) -> RunConfig:
+        screen, check = self.detect.screen, self.project.check
         if screen is not None and screen.prompts is None:
-            probe = next((probe for probe in self.evaluate.probes if probe.kind == "kl"), None)
-            if probe is None:
-                raise ValueError(
-                    "detect.screen compares fine-tunes on generic prompts: name a file in detect.screen.prompts, or "
-                    "add a probe with `kind: kl` to evaluate.probes"
-                )
-            given = screen.model_dump(exclude_unset=True, exclude={"prompts"})
-            filled = {"prompts": probe.path, "positions": probe.positions, **given}
-            self.detect = self.detect.model_copy(update={"screen": ScreenConfig(**filled)})
+            filled = ScreenConfig(**self._filled(screen, "detect.screen"))
+            self.detect = self.detect.model_copy(update={"screen": filled})
+        if check is not None and check.prompts is None:
+            filled_check = CheckConfig(**self._filled(check, "project.check"))
+            self.project = self.project.model_copy(update={"check": filled_check})
         return self
+
+    def _filled(self, settings: GenericPrompts, where: str) -> dict[str, Any]:
+        """With the prompts of the first `kl` probe."""
+        probe = next((probe for probe in self.evaluate.probes if probe.kind == "kl"), None)
+        if probe is None:
+            raise ValueError(
+                f"{where} compares fine-tunes on generic prompts: name a file in {where}.prompts, or add a probe with "
+                "`kind: kl` to evaluate.probes"
+            )
+        given = settings.model_dump(exclude_unset=True, exclude={"prompts"})
+        return {"prompts": probe.path, "positions": probe.positions, **given}
+
+    def checked(self, arm: str) -> CheckConfig | None:
+        """How the removal of an arm's fine-tunes is checked; None: it is not."""
+        # One-shot detection beside the default is there to be compared as it is.
+        plain = self.project.arms[arm].basis in ("random", "one_shot", "none")
+        return None if plain or self.arm_training(arm).method != "lora" else self.project.check
 
     def half_training(self) -> TrainingConfig:
         """The naive settings for half of the data: half of the steps."""

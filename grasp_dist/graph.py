@@ -233,6 +233,13 @@ class RunGraph:
                     upstream = [basis]
                 elif basis is not None:
                     inputs["basis"] = self._hash(basis)
+                if (check := self.config.checked(arm)) is not None:
+                    upstream = [*upstream, self.naive_task(seed)]
+                    inputs["check"] = {
+                        **check.model_dump(exclude={"prompts"}),
+                        "prompts": self._hash(Path(check.prompts or "")),
+                        "naive": upstream[-1].result_hash,
+                    }
                 if (alternative := self.config.project.arms[arm].alternative) is not None:
                     inputs["alternative"] = self._alternative_inputs(alternative)
                     if needs_naive(alternative):

@@ -65,6 +65,10 @@ def preflight(config: RunConfig, stages: tuple[str, ...], *, full_fine_tunes: in
 
         read_prompts(detect.screen, tokenizer)
         half_of(examples, 0, detect.seed)
+    if config.project.check is not None:
+        from grasp_dist.evaluation.screening import read_prompts
+
+        read_prompts(config.project.check, tokenizer, where="project.check")
     if detect.adapter:
         from grasp_dist.detection import detect_basis
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_dist.baselines.settings import Posthoc, Steering
-from grasp_dist.config import RunConfig, TrainingConfig
+from grasp_dist.config import CheckConfig, RunConfig, TrainingConfig
 from grasp_dist.errors import InputError, Preempted
 from grasp_dist.graph import RunGraph, Task
 from grasp_dist.manifest import digest, write_json
@@ -90,7 +90,7 @@ class Worker:
 
     def naive(self, task: Task) -> None:
         training = self.config.training if task.half is None else self.config.half_training()
-        self._fine_tune(task, training, basis=None)
+        self._finish(task, lambda: None, self._fine_tune(task, training, basis=None))
 
     def detect(self, task: Task) -> None:
         from grasp_dist.basis import SpuriousBasis
@@ -136,16 +136,20 @@ class Worker:
         training, basis = self.config.arm_training(task.arm), self._arm_basis(task)
         if isinstance(self.config.project.arms[task.arm].alternative, Posthoc):
             self._change_naive(task)
-        elif basis is None or len(basis):
-            self._fine_tune(task, training, basis)
+        elif basis is None:
+            self._finish(task, lambda: None, self._fine_tune(task, training, None))
+        elif len(basis):
+            self._protect(task, training, basis)
         elif (
             training != self.config.training
             or self.config.project.arms[task.arm].data is not None
             or not self._keep_naive(task)
         ):
-            self._fine_tune(task, training, None)
+            self._finish(task, lambda: None, self._fine_tune(task, training, None))
 
     def evaluate(self, task: Task) -> None:
+        from grasp_dist.evaluation.removal import extended
+
         graph, config = self.graph, self.config
         if self._evaluator is None:
             from grasp_dist.evaluation.evaluator import Evaluator
@@ -176,6 +180,8 @@ class Worker:
             elif task.arm and (basis := self._arm_basis(task)) is not None:
                 settings = graph.arm_settings(task.arm)
                 part = _part(basis, settings["side"], settings["rank"]) if basis else basis
+                if again := extended(source.unit.folder):
+                    part = self._basis(again[-1])
                 row |= {"basis": settings["basis"], "basis_rank": _ranks(part)}
             scores = self._evaluator.trained(source.path, training, known_by, ablated=ablated)
         if task.arm and (alternative := config.project.arms[task.arm].alternative) is not None:
@@ -224,7 +230,63 @@ class Worker:
         self._finish(task, lambda: None, {**naive.unit.manifest["metrics"], "kept_naive": True})
         return True
 
-    def _fine_tune(self, task: Task, training: TrainingConfig, basis: SpuriousBasis | None) -> None:
+    def _protect(self, task: Task, training: TrainingConfig, basis: SpuriousBasis) -> None:
+        """Fine-tune with the basis blocked. Where the check finds that the removal has failed, block what the fine-tune
+        found as well, and make it again."""
+        from grasp_dist.evaluation.removal import extend, extended
+
+        assert task.arm is not None
+        settings, check = self.graph.arm_settings(task.arm), self.config.checked(task.arm)
+        part, seconds = _part(basis, settings["side"], settings["rank"]), 0.0
+        while True:
+            again = self.parallel.broadcast_object(extended(task.unit.folder) if self.parallel.is_main else None)
+            metrics = self._fine_tune(task, training, self._basis(again[-1]) if again else part, attempt=len(again))
+            seconds += metrics["seconds"]
+            metrics["seconds"] = seconds
+            if check is None:
+                break
+            model, share = self._share_of_naive(task, training, check)
+            metrics |= {"share_of_naive": share, "extensions": len(again)}
+            said = f"{task.name}: moved {share:.0%} as far as naive on generic prompts"
+            if share <= check.threshold:
+                self.say(f"{said}, as removals do that worked")
+                break
+            if len(again) == check.repeats:
+                self.say(f"{said}: the removal has failed, and project.check.repeats is {check.repeats}")
+                break
+            self.say(f"{said}: it has found another way, which is blocked now; once again")
+            extend(model, self._basis(again[-1]) if again else part, task.unit.folder, self.parallel)
+            if self.parallel.is_main:
+                shutil.rmtree(task.unit.folder / "checkpoints", ignore_errors=True)
+            self.parallel.barrier()
+        self._finish(task, lambda: None, metrics)
+
+    def _share_of_naive(self, task: Task, training: TrainingConfig, check: CheckConfig) -> tuple[nn.Module, float]:
+        """The fine-tuned model, loaded for scoring, and how far it moved on generic prompts; collective."""
+        from grasp_dist.evaluation.removal import share_of_naive
+        from grasp_dist.evaluation.screening import read_prompts
+        from grasp_dist.training.model import load_model
+
+        assert task.seed is not None
+        self._loaded = None
+        parallel = self.parallel.for_scoring()
+        model = load_model(self.config.model, parallel, precision=training.precision, training=training, seed=0)
+        share = share_of_naive(
+            model,
+            self.graph.naive_task(task.seed).path,
+            task.path,
+            read_prompts(check, self.tokenizer, where="project.check"),
+            settings=check,
+            parallel=parallel,
+            batch_size=self.config.evaluate.batch_size,
+        )
+        return model, share
+
+    def _fine_tune(
+        self, task: Task, training: TrainingConfig, basis: SpuriousBasis | None, *, attempt: int = 0
+    ) -> dict[str, Any]:
+        """Its metrics. basis: all of it is blocked. attempt: how often it was made before, of which no checkpoint is
+        gone on from."""
         from grasp_dist.projection import GraspProjector
         from grasp_dist.training.loop import LoopState, train
         from grasp_dist.training.model import save_adapter, save_model
@@ -247,9 +309,8 @@ class Worker:
                 return None
             assert task.arm is not None
             settings = self.graph.arm_settings(task.arm)
-            part = _part(basis, settings["side"], settings["rank"])
             return GraspProjector(
-                where, part, side=settings["side"], gradient=settings["gradient"], pin=settings["pin"]
+                where, basis, side=settings["side"], gradient=settings["gradient"], pin=settings["pin"]
             )
 
         def on_end(state: LoopState) -> None:
@@ -268,13 +329,13 @@ class Worker:
                 seed=task.seed,
                 recorder=recorder,
                 protect=protect,
-                keeper=self._keeper(task, training, model),
+                keeper=self._keeper(task, training, model, attempt),
                 on_end=on_end,
                 alternative=alternative,
             )
         if training.method == "full":
             self._loaded = None
-        metrics = {
+        return {
             "final_loss": result.losses[-1],
             "steps": len(result.losses),
             "skipped_steps": len(result.skipped),
@@ -282,7 +343,6 @@ class Worker:
             "device": self.parallel.device.type,
             "residual": residual[0],
         }
-        self._finish(task, lambda: None, metrics)
 
     def _tracker(self, task: Task) -> Tracker | None:
         from grasp_dist.training.tracking import Tracker
@@ -339,7 +399,7 @@ class Worker:
         trained = naive.unit.manifest["metrics"]
         self._finish(task, lambda: None, {**trained, **done, "seconds": time.monotonic() - started})
 
-    def _keeper(self, task: Task, training: TrainingConfig, model: nn.Module) -> Keeper:
+    def _keeper(self, task: Task, training: TrainingConfig, model: nn.Module, attempt: int = 0) -> Keeper:
         from grasp_dist.training.checkpoints.saving import Keeper
         from grasp_dist.training.checkpoints.store import Checkpoints
         from grasp_dist.training.lora import adapter_config
@@ -347,7 +407,7 @@ class Worker:
         settings = self.config.checkpoint
         identity = {
             "task": task.name,
-            "config": digest(task.unit.inputs),
+            "config": digest([task.unit.inputs, attempt] if attempt else task.unit.inputs),
             "base_model": self._base_reference(),
             "method": training.method,
             "adapter_config": adapter_config(model) if training.method == "lora" else None,

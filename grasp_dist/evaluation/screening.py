@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from grasp_dist.config import ProbeConfig, ScreenConfig
+from grasp_dist.config import GenericPrompts, ProbeConfig, ScreenConfig
 from grasp_dist.detection.adapter import read_adapter
 from grasp_dist.detection.svd import low_rank_svd
 from grasp_dist.errors import InputError
@@ -40,7 +40,7 @@ from grasp_dist.training.seeds import derived_seed
 if TYPE_CHECKING:
     from grasp_dist.training.parallel import Parallel
 
-__all__ = ["Screening", "compare_halves", "half_of", "read_prompts"]
+__all__ = ["Screening", "compare_halves", "distances", "half_of", "read_prompts"]
 
 _NULL_DRAWS = 200
 
@@ -87,10 +87,10 @@ def half_of(examples: Sequence[Example], number: int, seed: int) -> list[Example
     return [examples[index] for index in order[number::2].tolist()]
 
 
-def read_prompts(settings: ScreenConfig, tokenizer: Any) -> list[list[int]]:
+def read_prompts(settings: GenericPrompts, tokenizer: Any, *, where: str = "detect.screen") -> list[list[int]]:
     """Token ids of the generic prompts. Raises `InputError` for a file that is not one of prompts or texts."""
     path = settings.prompts or ""
-    probe = ProbeConfig(name="detect.screen", role="retention", kind="kl", path=path, limit=settings.limit)
+    probe = ProbeConfig(name=where, role="retention", kind="kl", path=path, limit=settings.limit)
     return [row.prompt for row in prepare([probe], tokenizer)[0].rows]
 
 
@@ -131,6 +131,29 @@ def compare_halves(
         by_weight=cosines,
         prompts=len(prompts),
     )
+
+
+def distances(
+    model: nn.Module,
+    adapters: Sequence[Path],
+    prompts: Sequence[list[int]],
+    *,
+    settings: GenericPrompts,
+    parallel: Parallel,
+    batch_size: int,
+) -> list[float]:
+    """How far each adapter moves the model from its base: the total variation between next-token distributions, in
+    [0, 1], in the mean over positions; collective. Arguments and errors as for `compare_halves`. The last adapter stays
+    loaded."""
+    asked = _Asked(prompts, settings.positions, parallel, batch_size)
+    reset_adapter(model, 0, parallel)  # B = 0: the base
+    base = asked.probabilities(model)
+    found = []
+    for adapter in adapters:
+        load_adapter(model, adapter, parallel)
+        pairs = zip(asked.probabilities(model), base, strict=True)
+        found.append(asked.mean([(after - before).clamp_min(0).sum(-1) for after, before in pairs]))
+    return found
 
 
 class _Asked:

@@ -95,7 +95,8 @@ def every_combination(config: RunConfig) -> RunConfig:
     tree["tune"] = None
     tree["training"]["seeds"] = tune.seed or config.training.seeds
     # With a side of null the ablation beside the arms takes every side that was found.
-    tree["project"] |= {"arms": arms, "rank": largest}
+    # An arm that is checked and made again has other ranks than its own.
+    tree["project"] |= {"arms": arms, "rank": largest, "check": None}
     tree["detect"] |= _detection(config, template, largest, sides)
     return _checked(tree)
 
