@@ -189,6 +189,7 @@ def _model(
         "task_change": _task_change(name, task, values),
         "shift": _shift([row.get("shift") for _, row in entries]) if name != "base" else None,
         "generic_shift": _generic_shift(entries, probes) if name != "base" else None,
+        "made_again": sum(number > 0 for number in _numbers(entries, "extensions")) if name != "ablation" else 0,
         "residual": max(_numbers(entries, "residual"), default=None),
         "final_loss": _mean(_numbers(entries, "final_loss")) if name != "ablation" else None,
         "seconds": _mean(_numbers(entries, "seconds")) if name != "ablation" else None,

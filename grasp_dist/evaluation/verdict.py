@@ -212,7 +212,7 @@ def _shift_note(naive: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
     before, after = naive.get("generic_shift"), arm.get("generic_shift")
     if not before or not after or not before["mean"]:
         return ""
-    share = after["mean"] / before["mean"]
+    share, again = after["mean"] / before["mean"], arm.get("made_again")
     verdict = (
         "and so do removals that failed: look at its answers before using it"
         if share > SHIFT_SHARE
@@ -221,7 +221,7 @@ def _shift_note(naive: Mapping[str, Any], arm: Mapping[str, Any]) -> str:
     return (
         f"Without any label: on the prompts of {after['probe']} {arm['label']} moved {share:.0%} as far from the base "
         f"as naive (total variation {number(after['mean'])} against {number(before['mean'])}), {verdict}."
-    )
+    ) + (f" {again} of {arm['n']} fine-tunes were made again, with what they had found blocked." if again else "")
 
 
 def _other_notes(summary: Mapping[str, Any], models: Mapping[str, Any], arm: Mapping[str, Any]) -> list[str]:

@@ -68,9 +68,9 @@ def expand(config: RunConfig) -> RunConfig:
 def every_combination(config: RunConfig) -> RunConfig:
     """The run that has an arm for every side and rank of `tune`, which must be there.
 
-    The varied arm's basis, training, gradient and pin stay; an unprotected full fine-tune stays beside full ones, which
-    are compared with it. `detect` is raised to the largest rank and to every side. Raises `InputError` if the detection
-    cannot find so many directions.
+    The varied arm's basis, training, gradient and pin stay. So do an unprotected full fine-tune beside full ones, which
+    are compared with it, and controls on data of their own. `detect` is raised to the largest rank and to every side,
+    and nothing is checked and made again. Raises `InputError` if the detection cannot find so many directions.
     """
     tune = config.tune
     assert tune is not None
@@ -91,6 +91,9 @@ def every_combination(config: RunConfig) -> RunConfig:
         for other, settings in config.project.arms.items():
             if settings.basis == "none" and config.arm_training(other).method == "full":
                 arms[other] = settings.model_dump()
+    for other, settings in config.project.arms.items():
+        if settings.data is not None and settings.basis == "none" and settings.alternative is None:
+            arms[other] = settings.model_dump()
     tree = config.model_dump()
     tree["tune"] = None
     tree["training"]["seeds"] = tune.seed or config.training.seeds

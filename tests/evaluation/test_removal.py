@@ -151,6 +151,8 @@ def test_one_that_failed_is_made_again_with_what_it_found_blocked(failed, passed
     scores = json.loads((out / "evaluate" / "grasp" / "seed-0" / "scores.json").read_text())
     assert scores["basis_rank"] == {"write": 4, "read": 4}
     assert scores["extensions"] == 2
+    report = json.loads((out / "report" / "report.json").read_text())
+    assert {model["model"]: model["made_again"] for model in report["models"]}["grasp"] == 1
 
 
 def test_nothing_is_done_again(failed):

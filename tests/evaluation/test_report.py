@@ -325,6 +325,15 @@ def test_what_can_be_said_without_labels(tmp_path):
     assert "as removals do that worked" in worked
     failed = " ".join(_verdict(tmp_path / "failed", _values(grasp=(0.99, 0.4, 0.5, 0.5, 0.9, 0.6))).notes)
     assert "so do removals that failed" in failed
+    again = make_run(tmp_path / "again")
+    path = again / "evaluate" / "scores.json"
+    scores = json.loads(path.read_text())
+    for row in scores["models"]:
+        row["extensions"] = int(row["model"] == "grasp" and row["seed"] == 0)
+    path.write_text(json.dumps(scores))
+    report = build_report([again], tmp_path / "page")
+    notes = " ".join(report["verdict"]["notes"])
+    assert f"1 of {sum(row['model'] == 'grasp' for row in scores['models'])} fine-tunes were made again" in notes
 
 
 def test_a_screening_that_found_nothing_is_the_verdict(tmp_path):
