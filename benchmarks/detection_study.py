@@ -5,6 +5,7 @@
     python benchmarks/detection_study.py phase        # strength of the correlation against complexity of the task
     python benchmarks/detection_study.py ablation     # detectors, sides, ranks, closure, halves of the projector
     python benchmarks/detection_study.py halves       # gradient, pin, both; and several probes a round
+    python benchmarks/detection_study.py again        # how often a removal fails, and what making it again does
     python benchmarks/detection_study.py ranks        # are the directions those of another LoRA rank or seed?
     python benchmarks/detection_study.py lean         # the political-like organism
     python benchmarks/detection_study.py shortcut     # the read-side shortcut, beside its ceiling

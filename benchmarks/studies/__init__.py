@@ -8,13 +8,14 @@ phase.py       strength of the correlation against complexity of the task
 ablation.py    detectors, sides, ranks, closure, and the two halves of the projector
 ranks.py       whether the directions are those of another LoRA rank, seed or machine
 halves.py      gradient projection and pinning, one by one and together; several probes a round
+again.py       how often a removal fails, whether the check sees it, and what making it again does
 lean.py        the political-like organism: a lean that most of the facts have
 shortcut.py    the read-side shortcut, beside its ceiling
 """
 
 from types import ModuleType
 
-from studies import ablation, clean, halves, lean, phase, ranks, shortcut, stopping
+from studies import ablation, again, clean, halves, lean, phase, ranks, shortcut, stopping
 
 STUDIES: dict[str, ModuleType] = {
     "stopping": stopping,
@@ -23,6 +24,7 @@ STUDIES: dict[str, ModuleType] = {
     "ablation": ablation,
     "ranks": ranks,
     "halves": halves,
+    "again": again,
     "lean": lean,
     "shortcut": shortcut,
 }
