@@ -285,8 +285,8 @@ class Worker:
     def _fine_tune(
         self, task: Task, training: TrainingConfig, basis: SpuriousBasis | None, *, attempt: int = 0
     ) -> dict[str, Any]:
-        """Its metrics. basis: all of it is blocked. attempt: how often it was made before, of which no checkpoint is
-        gone on from."""
+        """Its metrics. basis: all of it is blocked. attempt: how often it was made before; the checkpoints of
+        another attempt are passed over."""
         from grasp_dist.projection import GraspProjector
         from grasp_dist.training.loop import LoopState, train
         from grasp_dist.training.model import save_adapter, save_model
