@@ -247,6 +247,9 @@ class Worker:
                 break
             model, share = self._share_of_naive(task, training, check)
             metrics |= {"share_of_naive": share, "extensions": len(again)}
+            if share is None:
+                self.say(f"{task.name}: cannot be checked, as the naive fine-tune did not move on generic prompts")
+                break
             said = f"{task.name}: moved {share:.0%} as far as naive on generic prompts"
             if share <= check.threshold:
                 self.say(f"{said}, as removals do that worked")
@@ -261,7 +264,9 @@ class Worker:
             self.parallel.barrier()
         self._finish(task, lambda: None, metrics)
 
-    def _share_of_naive(self, task: Task, training: TrainingConfig, check: CheckConfig) -> tuple[nn.Module, float]:
+    def _share_of_naive(
+        self, task: Task, training: TrainingConfig, check: CheckConfig
+    ) -> tuple[nn.Module, float | None]:
         """The fine-tuned model, loaded for scoring, and how far it moved on generic prompts; collective."""
         from grasp_dist.evaluation.removal import share_of_naive
         from grasp_dist.evaluation.screening import read_prompts

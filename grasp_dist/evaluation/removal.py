@@ -8,6 +8,7 @@ right singular vectors of every weight join its basis, as in a round of deflatio
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,9 +41,9 @@ def share_of_naive(
     settings: CheckConfig,
     parallel: Parallel,
     batch_size: int,
-) -> float:
-    """How far an adapter moves the model from its base on the prompts, as a share of what the naive one does; inf where
-    that does not move; collective.
+) -> float | None:
+    """How far an adapter moves the model from its base on the prompts, as a share of what the naive one does; None
+    where that does not move, or a fine-tune has diverged; collective.
 
     model: as `load_model` makes it for scoring, with an adapter of their shape, which is overwritten; `adapter` stays
     in it. prompts: token ids. Raises `InputError` for an adapter that does not fit.
@@ -50,9 +51,8 @@ def share_of_naive(
     before, after = distances(
         model, (naive, adapter), prompts, settings=settings, parallel=parallel, batch_size=batch_size
     )
-    if before > 0:
-        return after / before
-    return float("inf") if after > 0 else 0.0
+    share = after / before if before > 0 else math.nan
+    return share if math.isfinite(share) else None
 
 
 def extend(model: nn.Module, basis: SpuriousBasis, folder: Path, parallel: Parallel) -> Path:

@@ -108,6 +108,14 @@ def test_the_share_is_the_ratio_of_total_variations(organism, tmp_path):
     }
     assert found == pytest.approx(moved["own"] / moved["naive"], rel=1e-4)
     assert 0 < found < 1
+    reset_adapter(model, 1, ALONE)  # B = 0: nothing has moved
+    save_adapter(model, tmp_path / "still", ALONE)
+    assert (
+        share_of_naive(
+            model, tmp_path / "still", tmp_path / "own", prompts, settings=settings, parallel=ALONE, batch_size=4
+        )
+        is None
+    )
 
 
 def test_a_removal_that_worked_is_left_as_it_is(passed, organism, tmp_path):
