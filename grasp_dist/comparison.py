@@ -12,26 +12,7 @@ from grasp_dist.config import ArmConfig, RunConfig, TrainingConfig
 from grasp_dist.errors import InputError
 from grasp_dist.settings import explain
 
-__all__ = ["METHODS", "compared", "methods_for"]
-
-METHODS = {
-    "grasp": "weights pinned along what was detected, whatever the optimizer makes of the gradient",
-    "random": "the same with a random basis of equal ranks: the control",
-    "grasp_gradient": "gradients projected off it, nothing pinned",
-    "grasp_both": "gradients projected and weights pinned",
-    "caft": "directions of the naive shift ablated in training's forward passes",
-    "backward": "the residual stream's gradient projected off the same directions",
-    "preventative": "the naive shift added in training's forward passes",
-    "steered": "the naive shift subtracted when the naive model is used",
-    "kl": "KL to the base beside the loss",
-    "ldifs": "distance of the residual streams to the base's beside the loss",
-    "head": "the naive update's leading directions alone",
-    "tail": "the naive update without its leading direction",
-    "slower": "a third of the learning rate",
-    "shorter": "half of the steps",
-}
-"""What comes along, with settings as published or, where there is none, ours (docs/alternatives.md). What needs data
-or text of its own (interleaving, inoculation, SafeLoRA, a neutral control) has to be among the configuration's arms."""
+__all__ = ["compared", "methods_for"]
 
 
 def compared(config: RunConfig, methods: Sequence[str] | None = None) -> RunConfig:
@@ -62,7 +43,9 @@ def compared(config: RunConfig, methods: Sequence[str] | None = None) -> RunConf
 
 
 def methods_for(training: TrainingConfig) -> dict[str, ArmConfig]:
-    """The arms that come along, for a run that trains like this."""
+    """The arms that come along, for a run that trains like this, with settings as published or, where there is none,
+    ours (docs/alternatives.md). What needs data or text of its own (interleaving, inoculation, SafeLoRA, a neutral
+    control) has to be among the configuration's arms."""
     half: dict[str, Any] = {"epochs": (training.epochs or 1) / 2}
     if training.steps is not None:
         half = {"steps": max(1, training.steps // 2)}

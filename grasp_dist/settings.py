@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from grasp_dist.errors import InputError
 
-__all__ = ["LocalPath", "Name", "Section", "explain", "merge", "parse_yaml", "read_tree", "validate"]
+__all__ = ["LocalPath", "Name", "Section", "explain", "merge", "parse_yaml", "read_tree", "read_yaml", "validate"]
 
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path on this machine, with ~ expanded."""
@@ -47,6 +47,17 @@ _Loader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?(0|[1-9][0-9]*)$"), li
 def parse_yaml(text: str) -> Any:
     """What a YAML text says; runs nothing. Raises `yaml.YAMLError`."""
     return yaml.load(text, Loader=_Loader)
+
+
+def read_yaml(path: str | os.PathLike[str], what: str) -> Any:
+    """The content of a YAML file that is no configuration. Raises `InputError` for a file that cannot be read; `what`
+    says what is in it."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not a YAML file: {error}") from None
 
 
 def read_tree(path: Path, *, hint: str) -> dict[str, Any]:

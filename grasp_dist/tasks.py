@@ -240,7 +240,8 @@ class Worker:
         part, seconds = _part(basis, settings["side"], settings["rank"]), 0.0
         while True:
             again = self.parallel.broadcast_object(extended(task.unit.folder) if self.parallel.is_main else None)
-            metrics = self._fine_tune(task, training, self._basis(again[-1]) if again else part, attempt=len(again))
+            blocked = self._basis(again[-1]) if again else part
+            metrics = self._fine_tune(task, training, blocked, attempt=len(again))
             seconds += metrics["seconds"]
             metrics["seconds"] = seconds
             if check is None:
@@ -258,7 +259,7 @@ class Worker:
                 self.say(f"{said}: the removal has failed, and project.check.repeats is {check.repeats}")
                 break
             self.say(f"{said}: it has found another way, which is blocked now; once again")
-            extend(model, self._basis(again[-1]) if again else part, task.unit.folder, self.parallel)
+            extend(model, blocked, task.unit.folder, self.parallel)
             if self.parallel.is_main:
                 shutil.rmtree(task.unit.folder / "checkpoints", ignore_errors=True)
             self.parallel.barrier()

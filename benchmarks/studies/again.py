@@ -11,7 +11,7 @@ from organism_bench import Bench
 
 from grasp_dist.config import CheckConfig
 from grasp_dist.detection.deflation import leading_directions
-from studies.common import MODES, ROUNDS, Row, cut, organism, paired, with_interval
+from studies.common import MODES, ROUNDS, Row, by_arm, cut, organism, paired, with_interval
 
 MODULES = ("write", "all")
 SEEDS = range(16)
@@ -46,25 +46,23 @@ def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
 
 def show(rows: Sequence[Row], place: Path) -> str:
     lines: list[list[object]] = []
-    for modules in dict.fromkeys(row["modules"] for row in rows):
-        here = [found for found in paired(rows) if found[0]["modules"] == modules]
-        for arm in ("first", "checked"):
-            own = [found for found in here if found[0]["arm"] == arm]
-            cuts = [cut(*found) for found in own]
-            lines.append(
-                [
-                    modules,
-                    arm,
-                    len(own),
-                    sum(one < FAILED for one in cuts),
-                    sum(row["attempt"] > 0 for row, _, _ in own) if arm == "checked" else "",
-                    with_interval([(row, row["drift"]) for row, _, _ in own]),
-                    f"{max(row['drift'] for row, _, _ in own):.3f}",
-                    f"{statistics.mean(cuts):.1f} / {min(cuts):.1f}",
-                    with_interval([(row, 100 * (naive["task"] - row["task"])) for row, naive, _ in own], 1),
-                    with_interval([(row, row["good"]) for row, _, _ in own]),
-                ]
-            )
+    for modules, arm, own, cuts in by_arm(rows):
+        if arm == "naive":
+            continue
+        lines.append(
+            [
+                modules,
+                arm,
+                len(own),
+                sum(one < FAILED for one in cuts),
+                sum(row["attempt"] > 0 for row, _, _ in own) if arm == "checked" else "",
+                with_interval([(row, row["drift"]) for row, _, _ in own]),
+                f"{max(row['drift'] for row, _, _ in own):.3f}",
+                f"{statistics.mean(cuts):.1f} / {min(cuts):.1f}",
+                with_interval([(row, 100 * (naive["task"] - row["task"])) for row, naive, _ in own], 1),
+                with_interval([(row, row["good"]) for row, _, _ in own]),
+            ]
+        )
     head = ["modules", "fine-tunes", "runs", f"cut < {FAILED:g}", "made again", "drift (95 %)", "worst"]
     head += ["cut, mean / worst", "task lost, points (95 %)", "good"]
     return f"{table(head, lines)}\n\n{_by_check(rows)}"

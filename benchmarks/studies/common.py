@@ -76,6 +76,14 @@ def paired(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, dict[str, float]]]:
             yield row, naive[(*_place(row), row["seed"])], bases[_place(row)]
 
 
+def by_arm(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[tuple[Row, Row, dict[str, float]]], list[float]]]:
+    """(modules, arm, its rows as `paired` gives them, their cuts), in the order of the rows."""
+    found = list(paired(rows))
+    for modules, arm in dict.fromkeys((row["modules"], row["arm"]) for row, _, _ in found):
+        own = [one for one in found if (one[0]["modules"], one[0]["arm"]) == (modules, arm)]
+        yield modules, arm, own, [cut(*one) for one in own]
+
+
 def with_interval(found: Sequence[tuple[Row, float]], digits: int = 3) -> str:
     """The mean and its 95 % interval, worlds and then seeds resampled."""
     values = [value for _, value in found]

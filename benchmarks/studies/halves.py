@@ -10,7 +10,7 @@ from typing import Any
 from harness import table
 from organism_bench import Bench
 
-from studies.common import MODES, ROUNDS, SEEDS, STEPS, Row, cut, organism, paired, with_interval
+from studies.common import MODES, ROUNDS, SEEDS, STEPS, Row, by_arm, organism, with_interval
 
 MODULES = ("write", "all")
 RESTARTED: dict[str, Any] = {"method": "restarted", "rounds": 12, "steps_per_round": 60}
@@ -44,24 +44,20 @@ def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
 
 def show(rows: Sequence[Row], place: Path) -> str:
     lines: list[list[object]] = []
-    for modules in dict.fromkeys(row["modules"] for row in rows):
-        here = [found for found in paired(rows) if found[0]["modules"] == modules]
-        for arm in dict.fromkeys(row["arm"] for row, _, _ in here):
-            own = [found for found in here if found[0]["arm"] == arm]
-            cuts = [cut(*found) for found in own]
-            lines.append(
-                [
-                    modules,
-                    arm,
-                    len(own),
-                    with_interval([(row, row["drift"]) for row, _, _ in own]),
-                    f"{statistics.mean(cuts):.1f} / {min(cuts):.1f}",
-                    with_interval([(row, 100 * (naive["task"] - row["task"])) for row, naive, _ in own], 1),
-                    *(with_interval([(row, row[name]) for row, _, _ in own]) for name in MEASURES),
-                    *(_mean(own, name) for name in ("rounds", "directions")),
-                    _mean(own, "steps", STEPS),
-                ]
-            )
+    for modules, arm, own, cuts in by_arm(rows):
+        lines.append(
+            [
+                modules,
+                arm,
+                len(own),
+                with_interval([(row, row["drift"]) for row, _, _ in own]),
+                f"{statistics.mean(cuts):.1f} / {min(cuts):.1f}",
+                with_interval([(row, 100 * (naive["task"] - row["task"])) for row, naive, _ in own], 1),
+                *(with_interval([(row, row[name]) for row, _, _ in own]) for name in MEASURES),
+                *(_mean(own, name) for name in ("rounds", "directions")),
+                _mean(own, "steps", STEPS),
+            ]
+        )
     head = ["modules", "arm", "runs", "drift (95 %)", "cut, mean / worst", "task lost, points (95 %)"]
     return table([*head, *MEASURES.values(), "rounds", "directions", "cost"], lines)
 

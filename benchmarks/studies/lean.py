@@ -10,7 +10,7 @@ from harness import table
 from organism_bench import Bench
 
 from grasp_dist.organisms.lean import make_lean
-from studies.common import MODES, ROUNDS, SEEDS, STEPS, Row, cut, paired, with_interval
+from studies.common import MODES, ROUNDS, SEEDS, STEPS, Row, by_arm, with_interval
 
 MODULES = ("write", "all")
 RULES = {"default": ROUNDS, "16 rounds": {"rounds": 16, "steps_per_round": STEPS // 16, "stop_gain": None}}
@@ -45,23 +45,19 @@ def with_drift(scores: dict[str, float]) -> dict[str, float]:
 
 def show(rows: Sequence[Row], place: Path) -> str:
     lines: list[list[object]] = []
-    for modules in dict.fromkeys(row["modules"] for row in rows):
-        here = [found for found in paired(rows) if found[0]["modules"] == modules]
-        for arm in dict.fromkeys(row["arm"] for row, _, _ in here):
-            own = [found for found in here if found[0]["arm"] == arm]
-            cuts = [cut(*found) for found in own]
-            lines.append(
-                [
-                    modules,
-                    arm,
-                    len(own),
-                    with_interval([(row, row["drift"] - base["drift"]) for row, _, base in own], 2),
-                    f"{statistics.mean(cuts):.1f} / {min(cuts):.1f}",
-                    *(
-                        with_interval([(row, 100 * (row[probe] - naive[probe])) for row, naive, _ in own], 1)
-                        for probe in TASKS
-                    ),
-                ]
-            )
+    for modules, arm, own, cuts in by_arm(rows):
+        lines.append(
+            [
+                modules,
+                arm,
+                len(own),
+                with_interval([(row, row["drift"] - base["drift"]) for row, _, base in own], 2),
+                f"{statistics.mean(cuts):.1f} / {min(cuts):.1f}",
+                *(
+                    with_interval([(row, 100 * (row[probe] - naive[probe])) for row, naive, _ in own], 1)
+                    for probe in TASKS
+                ),
+            ]
+        )
     change = [f"{name}, points above naive (95 %)" for name in TASKS.values()]
     return table(["modules", "arm", "runs", "lean above the base's (95 %)", "cut, mean / worst", *change], lines)

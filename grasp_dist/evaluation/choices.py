@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from grasp_dist.errors import InputError
-from grasp_dist.settings import Section
+from grasp_dist.settings import Section, read_yaml
 
 __all__ = ["LETTERS", "Asked", "ChoiceQuestion", "asked_both_ways", "read_choices"]
 
@@ -66,12 +65,7 @@ class Asked:
 
 def read_choices(path: str | Path, axis: str | None = None) -> list[ChoiceQuestion]:
     """The questions of a file, or those of one axis. Raises `InputError` for what is no such file."""
-    try:
-        content: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is not a YAML file: {error}") from None
+    content = read_yaml(path, "questions")
     if not isinstance(content, list) or not content:
         raise InputError(f"{path} has no questions; it holds a list of them, each with id, paraphrases, options")
     try:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import os
 import string
 from collections import Counter
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 
 from grasp_dist.errors import InputError
+from grasp_dist.settings import read_yaml
 
 __all__ = ["ALIGNED", "COHERENT", "Question", "read_questions"]
 
@@ -83,12 +82,7 @@ def read_questions(path: str | os.PathLike[str]) -> list[Question]:
     Raises `InputError` for a file that cannot be read, is no YAML or no list of questions, and for an id that is used
     twice, naming the question.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the questions {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is not a YAML file: {error}") from None
+    content = read_yaml(path, "questions")
     if not isinstance(content, list) or not content:
         raise InputError(f"{path} has no questions; it holds a list of them, each with id, paraphrases, judge_prompts")
     try:

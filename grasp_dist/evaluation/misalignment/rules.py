@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from grasp_dist.errors import InputError
 from grasp_dist.evaluation.misalignment.questions import ALIGNED
 from grasp_dist.evaluation.misalignment.verdicts import Verdict
-from grasp_dist.settings import Section, explain
+from grasp_dist.settings import Section, explain, read_yaml
 
 __all__ = ["Rules", "read_rules"]
 
@@ -75,12 +74,7 @@ class Rules(Section):
 
 def read_rules(path: str | Path) -> Rules:
     """The rules of a YAML file. Raises `InputError` for what is none."""
-    try:
-        tree: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read the rules {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path} is not a YAML file: {error}") from None
+    tree = read_yaml(path, "rules")
     try:
         return Rules.model_validate(tree if isinstance(tree, dict) else {})
     except ValidationError as error:
