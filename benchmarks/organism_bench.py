@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from grasp_dist.basis import SpuriousBasis
-from grasp_dist.config import DetectConfig, ModelConfig, ProbeConfig, ScreenConfig, TrainingConfig
+from grasp_dist.config import DetectConfig, ModelConfig, ProbeConfig, ProjectConfig, ScreenConfig, TrainingConfig
 from grasp_dist.detection.adapter import AdapterUpdate
 from grasp_dist.detection.checkpoint_adapter import read_update
 from grasp_dist.detection.closure import close_residual_basis
@@ -40,6 +40,7 @@ from grasp_dist.training.recorder import Recorder
 __all__ = ["Bench", "Found"]
 
 LEARNING_RATES = {"write": 1e-3, "all": 5e-4}
+_PROJECT = ProjectConfig()
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ class Bench:
         *,
         examples: Sequence[Example] | None = None,
         steps: int | None = None,
-        gradient: bool = True,
-        pin: bool = True,
+        gradient: bool = _PROJECT.gradient,
+        pin: bool = _PROJECT.pin,
         on_step: Callable[[int, LoopState], None] | None = None,
     ) -> TrainResult:
         """Fine-tune from the base, with a basis blocked or none. The adapter is then in `model`."""

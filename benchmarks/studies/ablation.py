@@ -49,7 +49,7 @@ class Arm:
     basis: SpuriousBasis | None
     """None: the detector found nothing."""
     closure: str = ""
-    mode: str = "both"
+    mode: str = "pin"
 
     def label(self) -> dict[str, str]:
         return {name: getattr(self, name) for name in KEYS}
@@ -116,7 +116,7 @@ def from_deflation(bench: Bench, folder: Path, modules: str) -> Iterator[Arm]:
 
 
 def modes(name: str, rank: str, basis: SpuriousBasis) -> Iterator[Arm]:
-    for mode in ("gradient", "pin"):
+    for mode in ("gradient", "both"):
         yield Arm(name, "both", rank, basis, mode=mode)
 
 

@@ -26,8 +26,12 @@ ROUNDS: dict[str, Any] = {
 }
 """Deflation by default."""
 
-MODES: dict[str, dict[str, bool]] = {"both": {}, "gradient": {"pin": False}, "pin": {"gradient": False}}
-"""Halves of the projector that are at work, as `Bench.fit` takes them."""
+MODES: dict[str, dict[str, bool]] = {
+    "both": {"gradient": True, "pin": True},
+    "gradient": {"gradient": True, "pin": False},
+    "pin": {"gradient": False, "pin": True},
+}
+"""Halves of the projector that are at work, as `Bench.fit` takes them; without one, those of a run by default."""
 
 
 def organism(place: Path, world: int) -> Path:
