@@ -19,7 +19,6 @@ from grasp_dist.errors import PREEMPTED, InputError
 from grasp_dist.graph import STAGES, RunGraph, Task
 from grasp_dist.manifest import write_json
 from grasp_dist.run_lock import RunLock
-from grasp_dist.tasks import Worker
 
 if TYPE_CHECKING:
     from grasp_dist.training.parallel import Parallel
@@ -131,6 +130,8 @@ def work(
                 return
         trains = tuple(stage for stage in stages if stage != "report")
         if trains:
+            from grasp_dist.tasks import Worker  # with it come torch, transformers and peft
+
             worker = Worker(config, parallel, locks)
             for task in worker.stale_tasks(trains, only):
                 worker.do(task)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
-
-from torch import nn
 
 from grasp_dist.baselines.activation_shift import ActivationShift
 from grasp_dist.baselines.backward_projection import backward_projection
@@ -31,7 +28,7 @@ from grasp_dist.baselines.settings import (
 from grasp_dist.config import DataConfig
 from grasp_dist.training.data import load_examples
 from grasp_dist.training.examples import Example
-from grasp_dist.training.loop import Objective
+from grasp_dist.training.loop import Alternative
 
 __all__ = ["examples_of", "objective_of", "shifted_layers"]
 
@@ -57,9 +54,7 @@ def shifted_layers(alternative: Any, num_layers: int) -> Sequence[int] | None:
     return None
 
 
-def objective_of(
-    alternative: Any, shift: ActivationShift | None
-) -> Callable[[nn.Module], AbstractContextManager[Objective]] | None:
+def objective_of(alternative: Any, shift: ActivationShift | None) -> Alternative | None:
     """What `train` opens for the alternative; None: it is trained as usual. shift: the naive fine-tune's, at
     `shifted_layers`."""
     if isinstance(alternative, KlToBase):

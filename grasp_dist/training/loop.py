@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from grasp_dist.training.checkpoints.saving import Keeper
 
 __all__ = [
+    "Alternative",
     "LoopState",
     "Objective",
     "TrainResult",
@@ -51,6 +52,8 @@ __all__ = [
 
 Objective = Callable[[nn.Module, Batch], Tensor]
 """objective(model, batch) -> what is minimised, summed over the batch's trained tokens; fp32 scalar with a gradient."""
+Alternative = Callable[[nn.Module], AbstractContextManager[Objective]]
+"""alternative(model): while open, what the model is trained with instead of `plain_objective`."""
 
 
 @dataclass
@@ -137,7 +140,7 @@ def train(
     on_start: Callable[[LoopState], None] | None = None,
     on_step: Callable[[int, LoopState], None] | None = None,
     on_end: Callable[[LoopState], None] | None = None,
-    alternative: Callable[[nn.Module], AbstractContextManager[Objective]] | None = None,
+    alternative: Alternative | None = None,
 ) -> TrainResult:
     """Train what is trainable in `model`, in place; collective.
 
@@ -147,7 +150,7 @@ def train(
     this or another process was asked to stop: then `Preempted` is raised, on every rank behind the same step.
     on_start(state): before the first step. on_step(step, state): after each step, counted from 1, before it is saved.
     on_end(state): behind the last step, while the engine still holds the state.
-    alternative(model): while open, what the model is trained with instead of `plain_objective`.
+    alternative: None: `plain_objective`.
     Raises `InputError` on every rank, and leaves the weights as they were before that step, when the loss or a
     gradient is not finite more often in a row than `training.max_skipped_steps`; and for sequences that are too long
     for the model.
