@@ -31,7 +31,6 @@ from grasp_dist.training.loop import LoopState, train
 from grasp_dist.training.model import load_model
 from grasp_dist.training.parallel import init_parallel
 
-INTERVAL = 50
 ORGANISM = {"vocab_size": 117, "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 3}
 
 
@@ -39,12 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__.partition("\n\n")[2])
     parser.add_argument("--world", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=8, help="pairs of intervals")
+    parser.add_argument("--interval", type=int, default=50, metavar="STEPS")
     arguments = parser.parse_args()
     print(f"{machine()}; {arguments.world} process(es)\n")
     rows = []
     for method in ("lora", "full"):
         for background in (True, False):
-            found = run_ranks(measure, arguments.world, method, background, arguments.pairs)
+            found = run_ranks(measure, arguments.world, method, background, arguments.pairs, arguments.interval)
             rows.append(
                 [
                     method,
@@ -60,8 +60,8 @@ def main() -> None:
     print(table(header, rows))
 
 
-def measure(method: str, background: bool, pairs: int) -> dict[str, Any]:
-    """Seconds of intervals and saves on rank 0; collective."""
+def measure(method: str, background: bool, pairs: int, interval: int) -> dict[str, Any]:
+    """Seconds of intervals and saves on rank 0; interval: steps; collective."""
     parallel = init_parallel(ParallelConfig())
     with tempfile.TemporaryDirectory() as own:
         folder = Path(parallel.broadcast_object(own))
@@ -70,16 +70,16 @@ def measure(method: str, background: bool, pairs: int) -> dict[str, Any]:
         parallel.barrier()
         training = TrainingConfig(
             method=method, modules="write" if method == "lora" else "everything", lora=LoraConfig(rank=8, alpha=16),
-            steps=INTERVAL * (2 * pairs + 2), batch_size=64,
+            steps=interval * (2 * pairs + 2), batch_size=64,
         )  # fmt: skip
         model = load_model(
             ModelConfig(path=str(folder / "model")), parallel, precision="fp32", training=training, seed=0
         )
-        keeper = _Timed(Checkpoints(folder / "checkpoints"), parallel, every=2 * INTERVAL, background=background)
+        keeper = _Timed(Checkpoints(folder / "checkpoints"), parallel, every=2 * interval, background=background)
         times = []
 
         def on_step(step: int, state: LoopState) -> None:
-            if step % INTERVAL == 0:  # before a save that is due
+            if step % interval == 0:  # before a save that is due
                 times.append(time.perf_counter())
 
         train(

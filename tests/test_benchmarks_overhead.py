@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
     ("arguments", "rows"),
     [
         (("overhead.py", "--models", "organism", "--protection", "default", "--pairs", "1"), 2),
-        (("checkpoints.py", "--pairs", "1"), 4),
+        (("checkpoints.py", "--pairs", "1", "--interval", "4"), 4),
     ],
 )
 def test_prints_its_table(arguments, rows):

@@ -159,6 +159,7 @@ def test_comparison_tells_apart(one, other):
     assert off(standard(*one), standard(*other), start(lora=False)) > 5 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_compiled_model_gives_the_same():
     found = run_example("hf_trainer", *UNCLIPPED, "--compile", "aot_eager")
     assert off(found, standard(*UNCLIPPED), start(lora=False)) < TOLERANCE

@@ -152,6 +152,7 @@ def test_reports_of_several_runs_are_pooled(finished, tmp_path):
     assert (tmp_path / "pooled" / "report.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_group_started_by_torchrun_checks_first_and_honours_dry_run(organism, tmp_path):
     """Found in review: with WORLD_SIZE set, checks and --dry-run were passed over."""
     tree = tiny_config(organism, tmp_path / "run")

@@ -54,6 +54,7 @@ def key(record: dict) -> tuple:
     return tuple(record.get(name) for name in ("question", "paraphrase", "sample", "prompt"))
 
 
+@pytest.mark.slow
 def test_killed_and_restarted_nothing_is_asked_or_judged_twice_or_lost(served, tmp_path):
     server, out = served[1], tmp_path / "out"
     command = [sys.executable, "-m", "grasp_dist.cli", *map(str, arguments(served, out, "--price", "1,2"))]
