@@ -49,9 +49,10 @@ def methods_for(training: TrainingConfig) -> dict[str, ArmConfig]:
     half: dict[str, Any] = {"epochs": (training.epochs or 1) / 2}
     if training.steps is not None:
         half = {"steps": max(1, training.steps // 2)}
+    pinned = {"gradient": False, "pin": True}
     arms: dict[str, dict[str, Any]] = {
-        "grasp": {"gradient": False, "pin": True},
-        "random": {"basis": "random"},
+        "grasp": pinned,
+        "random": {"basis": "random", **pinned},
         "grasp_gradient": {"gradient": True, "pin": False},
         "grasp_both": {"gradient": True, "pin": True},
         "caft": {"alternative": {"kind": "caft"}},

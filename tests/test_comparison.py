@@ -28,6 +28,11 @@ def test_everything_that_comes_along_is_valid():
     assert methods_for(TrainingConfig(epochs=1))["shorter"].training == {"epochs": 0.5}
 
 
+def test_the_control_blocks_as_grasp_does():
+    arms = methods_for(TrainingConfig(steps=8))
+    assert (arms["random"].gradient, arms["random"].pin) == (arms["grasp"].gradient, arms["grasp"].pin) == (False, True)
+
+
 def test_arms_of_the_configuration_come_first_and_replace_those_of_their_name(config):
     config.project.arms["kl"] = config.project.arms["grasp"].model_copy(update={"rank": 2})
     found = compared(config)
