@@ -18,8 +18,8 @@ __all__ = ["compared", "methods_for"]
 def compared(config: RunConfig, methods: Sequence[str] | None = None) -> RunConfig:
     """The run with these methods as its arms: those of the configuration first, then those that come along.
 
-    methods: names; None: all. The random control is always among them. Raises `InputError` for a name that is neither,
-    and for a sweep.
+    methods: names; None: all. The random control is always among them, and controls on data of their own (neutral) that
+    the configuration has. Raises `InputError` for a name that is neither, and for a sweep.
     """
     if config.tune is not None:
         raise InputError("a sweep varies one method; leave out `tune` to compare several")
@@ -32,6 +32,7 @@ def compared(config: RunConfig, methods: Sequence[str] | None = None) -> RunConf
             raise InputError(f"there is no method {name!r}; {hint}")
     if not any(known[name].basis == "random" for name in chosen):
         chosen.append("random")
+    chosen += [name for name, arm in config.project.arms.items() if arm.data is not None and arm.basis == "none"]
     arms = {name: known[name].model_dump(exclude_unset=True) for name in dict.fromkeys(chosen)}
     tree = config.model_dump(exclude={"variables"})
     tree["project"]["arms"] = arms
@@ -49,10 +50,9 @@ def methods_for(training: TrainingConfig) -> dict[str, ArmConfig]:
     half: dict[str, Any] = {"epochs": (training.epochs or 1) / 2}
     if training.steps is not None:
         half = {"steps": max(1, training.steps // 2)}
-    pinned = {"gradient": False, "pin": True}
     arms: dict[str, dict[str, Any]] = {
-        "grasp": pinned,
-        "random": {"basis": "random", **pinned},
+        "grasp": {},
+        "random": {"basis": "random"},
         "grasp_gradient": {"gradient": True, "pin": False},
         "grasp_both": {"gradient": True, "pin": True},
         "caft": {"alternative": {"kind": "caft"}},

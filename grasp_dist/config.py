@@ -120,7 +120,7 @@ class TrainingConfig(Section):
     """Steps in a row that may be left out because a loss or gradient is not finite, before training stops."""
     activation_checkpointing: bool = False
     """Recompute each decoder layer in the backward pass."""
-    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    seeds: Annotated[list[int], Field(min_length=1), Values] = [0]
     """One fine-tune per seed (adapter initialisation and data order)."""
     log_every: Annotated[int, Field(ge=1)] = 10
     """Steps between lines on the terminal; metrics.jsonl has every step."""
@@ -271,7 +271,8 @@ class ArmConfig(Section):
 class CheckConfig(GenericPrompts):
     """Did the removal work? A protected fine-tune is compared with the naive one of its seed on generic prompts. Where
     it moved almost as far from the base, it has found a way that was not blocked: the leading directions of its own
-    update join its basis, and it is made again. LoRA fine-tunes with a detected basis or a file's."""
+    update join its basis, and it is made again. LoRA fine-tunes of the naive one's modules and rank, with a detected
+    basis or a file's."""
 
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Of the total variation from the base, as a share of the naive fine-tune's: above it the removal has failed."""
@@ -446,8 +447,12 @@ class RunConfig(Section):
     def checked(self, arm: str) -> CheckConfig | None:
         """How the removal of an arm's fine-tunes is checked; None: it is not."""
         # One-shot detection beside the default is there to be compared as it is.
-        plain = self.project.arms[arm].basis in ("random", "one_shot", "none")
-        return None if plain or self.arm_training(arm).method != "lora" else self.project.check
+        if self.project.arms[arm].basis in ("random", "one_shot", "none"):
+            return None
+        # It is compared with the naive fine-tune on one model, which takes adapters of one shape.
+        shape = {"method", "modules", "lora"}
+        own, naive = (training.model_dump(include=shape) for training in (self.arm_training(arm), self.training))
+        return self.project.check if naive["method"] == "lora" and own == naive else None
 
     def half_training(self) -> TrainingConfig:
         """The naive settings for half of the data: half of the steps."""

@@ -6,6 +6,7 @@ naive/seed-s, naive/half-h -> screen, detect, detect_one_shot -> project/<arm>/s
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ STAGES = ("naive", "detect", "project", "evaluate", "report")
 BASIS_FILE, SCREEN_FILE = "basis.safetensors", "screen.json"
 LOCK = ".lock"
 """Where `RunLock` keeps its files."""
+_BASES = ("detected", "one_shot", "random", "none")
 _MODEL_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
 # Settings that change speed, memory or what is printed, but the result only to rounding.
 _SPEED_ONLY = {"seeds", "log_every", "micro_batch_size", "activation_checkpointing"}
@@ -144,6 +146,10 @@ class RunGraph:
             return self.detect_task()
         if source == "one_shot":
             return self.one_shot_task()
+        if not Path(source).is_file():
+            near = difflib.get_close_matches(source, _BASES, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"a file is what is none of {', '.join(_BASES)}"
+            raise InputError(f"project.arms.{arm}.basis: there is no file {source}; {hint}")
         return Path(source)
 
     def needs_one_shot(self) -> bool:
@@ -344,6 +350,8 @@ class RunGraph:
         harness = self.config.evaluate.harness
         if harness is None:
             return {}
+        if harness.include_path is not None and not Path(harness.include_path).is_dir():
+            raise InputError(f"evaluate.harness.include_path {harness.include_path} is no directory")
         own = None if harness.include_path is None else self._folder_hash(Path(harness.include_path), "**/*")
         return {"harness": {**harness.model_dump(exclude={"include_path", "batch_size"}), "own": own}}
 
@@ -381,10 +389,11 @@ class RunGraph:
 
     def _folder_hash(self, folder: Path, *patterns: str) -> str:
         if folder not in self._hashes:
-            files = sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+            found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
+            files = sorted(path for path in found if "__pycache__" not in path.parts)
             if not files:
                 raise InputError(f"{folder} holds no {' or '.join(patterns)} file; check the path in the configuration")
-            self._hashes[folder] = digest({file.name: quick_hash(file) for file in files})
+            self._hashes[folder] = digest({str(file.relative_to(folder)): quick_hash(file) for file in files})
         return self._hashes[folder]
 
 

@@ -107,7 +107,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
             lines.append(f"{where!r} is missing")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            if item["type"].startswith("union_tag"):
+            if item["type"] == "model_type":
+                message = f"{where} has settings of its own: write {{}} for their defaults, or leave it out"
+            elif item["type"].startswith("union_tag"):
                 message = f"{where}: {message}"
             elif where and not isinstance(item["input"], dict):
                 message = f"{where}: {message} (got {item['input']!r})"
@@ -117,19 +119,24 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """Field names of the section that `path` leads to."""
+    entered = [model]
     for part in path:
-        field = model.model_fields.get(str(part))
-        if field is None:
-            continue  # an index of a list or a key of a mapping: its section was entered with the field
-        model = _section_of(field.annotation) or model
-    return list(model.model_fields)
+        field = entered[0].model_fields.get(str(part))
+        if field is not None:
+            entered = _sections_of(field.annotation) or entered
+        # Else an index of a list, a key of a mapping, or the kind of one section among several.
+        entered = [one for one in entered if part in _kinds(one)] or entered
+    return list(entered[0].model_fields)
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+    field = section.model_fields.get("kind")
+    return () if field is None else get_args(field.annotation)
+
+
+def _sections_of(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return [annotation]
     if get_origin(annotation) in (list, dict, Union, types.UnionType, Annotated):
-        for inner in get_args(annotation):
-            if (found := _section_of(inner)) is not None:
-                return found
-    return None
+        return [section for inner in get_args(annotation) for section in _sections_of(inner)]
+    return []

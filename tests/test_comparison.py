@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from grasp_dist.comparison import compared, methods_for
 from grasp_dist.config import RunConfig, TrainingConfig
 from grasp_dist.errors import InputError
+from grasp_dist.graph import RunGraph
 from tests.tiny_runs import grasp_dist, tiny_config
 
 
@@ -28,9 +29,15 @@ def test_everything_that_comes_along_is_valid():
     assert methods_for(TrainingConfig(epochs=1))["shorter"].training == {"epochs": 0.5}
 
 
-def test_the_control_blocks_as_grasp_does():
-    arms = methods_for(TrainingConfig(steps=8))
-    assert (arms["random"].gradient, arms["random"].pin) == (arms["grasp"].gradient, arms["grasp"].pin) == (False, True)
+@pytest.mark.parametrize("arms", [{}, {"arms": {"mine": {"rank": 2}}}])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_control_blocks_as_grasp_does(organism, tmp_path, arms, gradient):
+    tree = tiny_config(organism, tmp_path / "run")
+    tree["project"] = {"gradient": gradient, **arms}
+    found = compared(RunConfig.model_validate(tree))
+    graph = RunGraph(found)
+    blocks = [{graph.arm_settings(name)[half] for name in ("grasp", "random")} for half in ("gradient", "pin")]
+    assert blocks == [{gradient}, {True}]
 
 
 def test_arms_of_the_configuration_come_first_and_replace_those_of_their_name(config):
@@ -45,6 +52,13 @@ def test_arms_of_the_configuration_come_first_and_replace_those_of_their_name(co
 
 def test_the_control_is_never_left_out(config):
     assert list(compared(config, ["grasp", " kl"]).project.arms) == ["grasp", "kl", "random"]
+
+
+def test_a_control_on_other_data_is_kept(config, tmp_path):
+    """Found in review: it was left out, and then asked for."""
+    arms = {"neutral": {"basis": "none", "data": config.data.path}}
+    tree = config.model_dump(exclude={"project"}) | {"project": {"arms": arms}}
+    assert list(compared(RunConfig.model_validate(tree), ["grasp"]).project.arms) == ["grasp", "random", "neutral"]
 
 
 def test_a_method_that_is_none_is_refused(config):

@@ -37,6 +37,12 @@ def test_every_recipe_is_valid_and_has_the_random_control(recipe):
             "'evaluate.probes.0.kidn'; did you mean 'kind'",
         ),
         ("project: {arms: {grasp: {sied: write}}}", "did you mean 'side'"),
+        ("project: {arms: {a: {alternative: {kind: caft, rnk: 3}}}}", "did you mean 'rank'"),
+        (
+            "evaluate: {questions: [{name: q, path: p, judge: {kind: server, address: a, xyz: 3}}]}",
+            "known here: address, at_once, by, key_variable, kind, per_minute, served_name",
+        ),
+        ("project: {check: true}", "project.check has settings of its own: write {} for their defaults"),
         ("project: {arms: {full: {training: {lerning_rate: 1}}}}", "did you mean 'learning_rate'"),
         ("project: {arms: {naive: {}}}", "'naive' is taken"),
         ("training: {learning_rate: -1}", "training.learning_rate"),

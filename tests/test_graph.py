@@ -173,6 +173,31 @@ def test_a_missing_file_is_named(make_config, tmp_path):
         RunGraph(make_config()).plan()
 
 
+def test_a_basis_that_is_no_file_is_named_with_its_arm(make_config):
+    config = make_config(project={"arms": {"grasp": {"basis": "detectd"}}})
+    with pytest.raises(InputError, match=r"project.arms.grasp.basis: .*; did you mean 'detected'"):
+        RunGraph(config).plan()
+
+
+def test_files_of_one_name_in_two_folders_of_tasks_both_count(make_config, tmp_path):
+    """Found in review: the second hid changes of the first."""
+    for name in ("a", "b", "__pycache__"):
+        (tmp_path / "tasks" / name).mkdir(parents=True)
+        (tmp_path / "tasks" / name / "utils.py").write_text(name)
+    harness = {"tasks": ["mine"], "include_path": str(tmp_path / "tasks")}
+    probes = make_config().evaluate.model_dump()["probes"]
+
+    def inputs():
+        config = make_config(evaluate={"probes": probes, "harness": harness})
+        return next(task.unit.inputs for task in RunGraph(config).tasks() if task.stage == "evaluate")
+
+    before = inputs()
+    (tmp_path / "tasks" / "__pycache__" / "utils.py").write_text("compiled")
+    assert inputs() == before
+    (tmp_path / "tasks" / "a" / "utils.py").write_text("changed")
+    assert inputs() != before
+
+
 def test_plan_survives_json(make_config):
     """Inputs go through JSON on their way to the manifest; what JSON changes must not look like a change."""
     for task in RunGraph(make_config()).tasks():

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from grasp_dist.baselines.ablation import ablate
 from grasp_dist.baselines.steering import STEERING, steered
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.config import RunConfig, TrainingConfig
+from grasp_dist.evaluation.batching import evaluation_mode, forward_logits
 from grasp_dist.evaluation.harness import Harness
 from grasp_dist.evaluation.misalignment.question_sets import QuestionSet
 from grasp_dist.evaluation.probes import prepare
@@ -108,10 +110,12 @@ class Evaluator:
             key = f"full {training.precision}"
         if self._loaded is None or self._loaded[0] != key:
             self._loaded = None
+            self.parallel.free_memory()
             lora = training if training.method == "lora" else None
             model = load_model(self.config.model, self.parallel, precision=training.precision, training=lora, seed=0)
             if lora is not None:
                 reset_adapter(model, 0, self.parallel)  # B = 0: the base
+            _begin(model, self.parallel)
             self._loaded = (key, model)
         model = self._loaded[1]
         if not self._base:
@@ -120,3 +124,11 @@ class Evaluator:
                 self._meter = ShiftMeter(model, self._shift_basis, self.probes, self.parallel, batch_size=batch_size)
             self._base = self._scores(model)
         return model
+
+
+def _begin(model: nn.Module, parallel: Parallel) -> None:
+    """One forward pass of the whole model, in which `fully_shard` finds its root: `generate` of an adapter's base model
+    begins below it, and would meet sharded weights."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=parallel.device)
+    with evaluation_mode(model):
+        forward_logits(model, ids, torch.ones_like(ids))

@@ -47,31 +47,47 @@ class Harness:
         if unknown:
             where = f" and {settings.include_path}" if settings.include_path else ""
             raise InputError(f"evaluate.harness: lm-eval{where} has no task {unknown[0]!r}; see `lm-eval ls tasks`")
-        self._sizes: dict[str, int] = {}
+        self._found: dict[str, dict[str, Any]] = {}
 
     def check(self) -> None:
         """Load the tasks with their data: what is missing, or cannot be reached, is said before anything is trained.
 
-        Raises `InputError` for such a task, and for one without the metric that the settings name.
+        Raises `InputError` for such a task, for one that could not be scored in the end, and for one without the metric
+        that the settings name.
         """
-        from lm_eval.tasks import get_task_dict
-
+        in_which: dict[str, str] = {}
         for name in self.settings.tasks:
             try:
                 with _quiet():
-                    loaded = get_task_dict([name], self._tasks)
+                    loaded = self._tasks.load([name])
             except Exception as error:  # of datasets, hubs and the task's own code, each with classes of its own
                 raise InputError(f"evaluate.harness: task {name!r} does not load: {error}") from error
-            task = loaded.get(name)
-            if hasattr(task, "aggregation"):
-                self._metric(name, list(task.aggregation()))
+            there = ", ".join(loaded["tasks"])
+            group = loaded.get("groups", {}).get(name)
+            if group is None and name not in loaded["tasks"]:
+                raise InputError(f"evaluate.harness: {name!r} is a tag of several tasks; name those: {there}")
+            if group is not None and not group.aggregate_metric_list:
+                raise InputError(
+                    f"evaluate.harness: the group {name!r} has no figure of its own; name its tasks: {there}"
+                )
+            for part, task in loaded["tasks"].items():
+                if getattr(task, "UNSAFE_CODE", False):
+                    raise InputError(
+                        f"evaluate.harness: task {part!r} runs code that the model writes, which is not done"
+                    )
+                if getattr(task, "OUTPUT_TYPE", None) == "generate_until" and self._tokenizer.eos_token_id is None:
+                    raise InputError(f"evaluate.harness: task {part!r} needs a tokenizer with an end-of-text token")
+                if in_which.setdefault(part, name) != name:
+                    raise InputError(f"evaluate.harness: task {part!r} is in {in_which[part]!r} and in {name!r}")
+            if group is not None:
+                self._metric(name, [one.metric for one in group.aggregate_metric_list])
+            else:
+                self._metric(name, _metrics_of(loaded["tasks"][name]))
 
     def describe(self) -> list[dict[str, Any]]:
-        """{name, role, kind, n} of each task, for scores.json; after `measure`."""
-        return [
-            {"name": name, "role": self.settings.role, "kind": KIND, "n": self._sizes.get(name, 0)}
-            for name in self.settings.tasks
-        ]
+        """{name, role, kind, n, higher_is_better} of each task, for scores.json; after `measure`."""
+        own = {"role": self.settings.role, "kind": KIND}
+        return [{"name": name, **own, **self._found.get(name, {"n": 0})} for name in self.settings.tasks]
 
     def measure(self, model: nn.Module) -> dict[str, dict[str, Any]]:
         """{task: {"value", "metric", "stderr", and every metric, "rows": []}}; collective."""
@@ -104,25 +120,32 @@ class Harness:
             )
         # It gives results to the first process of each node alone.
         found = self._parallel.broadcast_object(found)
-        sizes = found["n-samples"]
-        self._sizes = {name: int(sizes[name]["effective"]) for name in settings.tasks if name in sizes}
-        return {name: self._chosen(name, found["results"][name]) for name in settings.tasks}
+        chosen = {name: self._chosen(name, found["results"][name]) for name in settings.tasks}
+        for name, result in chosen.items():
+            better = found["higher_is_better"].get(name, {}).get(result["metric"].partition(",")[0])
+            size = int(found["results"][name].get("sample_len", 0))
+            self._found[name] = {"n": size, "higher_is_better": better is not False}
+        return chosen
 
     def _metric(self, name: str, there: list[str]) -> str:
+        """Of those that are there, by their names or by `name,filter`, the one that stands in tables."""
         asked = self.settings.metric
-        if asked is not None and asked not in there:
-            raise InputError(f"evaluate.harness: task {name!r} has no metric {asked!r}; it has {', '.join(there)}")
         if not there:
             raise InputError(f"evaluate.harness: task {name!r} has no metric")
-        return asked or next((one for one in _PREFERRED if one in there), there[0])
+        wanted = [asked] if asked is not None else [*_PREFERRED, there[0]]
+        for one in wanted:
+            if found := next((each for each in there if one in (each, each.partition(",")[0])), None):
+                return found
+        raise InputError(f"evaluate.harness: task {name!r} has no metric {asked!r}; it has {', '.join(there)}")
 
     def _chosen(self, name: str, results: dict[str, Any]) -> dict[str, Any]:
         values: dict[str, float] = {}
         errors: dict[str, float] = {}
         for key, value in results.items():
-            metric = key.partition(",")[0]
-            if isinstance(value, (int, float)) and metric not in ("alias", "sample_len"):
-                (errors if metric.endswith("_stderr") else values)[metric.removesuffix("_stderr")] = float(value)
+            metric, _, filtered = key.partition(",")
+            if isinstance(value, (int, float)) and filtered:
+                found = errors if metric.endswith("_stderr") else values
+                found[_named(metric.removesuffix("_stderr"), filtered)] = float(value)
         metric = self._metric(name, list(values))
         error = errors.get(metric, math.nan)
         return {
@@ -132,6 +155,16 @@ class Harness:
             "stderr": error if math.isfinite(error) else None,
             "rows": [],
         }
+
+
+def _metrics_of(task: Any) -> list[str]:
+    filters = [one["name"] for one in getattr(task.config, "filter_list", None) or [{"name": "none"}]]
+    return [_named(metric, filtered) for filtered in filters for metric in task.aggregation()]
+
+
+def _named(metric: str, filtered: str) -> str:
+    """A metric as settings and results name it. Tasks with several filters of the answer have one value for each."""
+    return metric if filtered == "none" else f"{metric},{filtered}"
 
 
 @contextlib.contextmanager

@@ -42,8 +42,8 @@ def share_of_naive(
     parallel: Parallel,
     batch_size: int,
 ) -> float | None:
-    """How far an adapter moves the model from its base on the prompts, as a share of what the naive one does; None
-    where that does not move, or a fine-tune has diverged; collective.
+    """How far an adapter moves the model from its base on the prompts, as a share of what the naive one does: NaN where
+    it has diverged, None where the naive one does not move, or has; collective.
 
     model: as `load_model` makes it for scoring, with an adapter of their shape, which is overwritten; `adapter` stays
     in it. prompts: token ids. Raises `InputError` for an adapter that does not fit.
@@ -51,13 +51,13 @@ def share_of_naive(
     before, after = distances(
         model, (naive, adapter), prompts, settings=settings, parallel=parallel, batch_size=batch_size
     )
-    share = after / before if before > 0 else math.nan
-    return share if math.isfinite(share) else None
+    return after / before if math.isfinite(before) and before > 0 else None
 
 
-def extend(model: nn.Module, basis: SpuriousBasis, folder: Path, parallel: Parallel) -> Path:
+def extend(model: nn.Module, basis: SpuriousBasis, folder: Path, parallel: Parallel, *, seconds: float = 0.0) -> Path:
     """Write the basis with the leading directions of the model's present update beside it, on its sides, into the
-    task's folder; collective. Raises `InputError` where the update is zero everywhere."""
+    task's folder; collective. seconds: that all fine-tunes so far took, kept in its provenance. Raises `InputError`
+    where the update is zero everywhere."""
     sides = {side for weight in basis.weights for side in basis.sides(weight)}
     side = "both" if len(sides) > 1 else next(iter(sides))
     more = leading_directions(model, side=side, count=1, keep=parallel.is_main)
@@ -66,7 +66,7 @@ def extend(model: nn.Module, basis: SpuriousBasis, folder: Path, parallel: Paral
     error = None
     if more is not None:
         try:
-            basis.union(more).save(path)
+            basis.union(more).with_provenance(seconds=seconds).save(path)
         except InputError as caught:
             error = caught
     parallel.share_error(error)

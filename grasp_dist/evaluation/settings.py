@@ -115,7 +115,8 @@ class HarnessConfig(Section):
     """Folder of task files of your own."""
     role: Literal["task", "retention"] = "retention"
     metric: str | None = None
-    """Of each task; null: its accuracy, normalised where it has that, or what else it has."""
+    """Of each task, as `exact_match` or, with one of its filters, `exact_match,strict-match`; null: its accuracy,
+    normalised where it has that, or what else it has."""
     num_fewshot: Annotated[int, Field(ge=0)] | None = None
     """Examples before each question; null: what the task says."""
     limit: Annotated[int, Field(ge=1)] | None = None

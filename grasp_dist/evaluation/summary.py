@@ -141,7 +141,8 @@ def _probes(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
             known["n"].append(probe["n"])
     for probe in found.values():
         probe["n"] = sorted(set(probe["n"]))
-        probe["worst_is_high"] = higher_is_worse(probe["role"], probe["kind"])
+        better = probe.pop("higher_is_better", None)  # tasks of lm-eval say it themselves
+        probe["worst_is_high"] = higher_is_worse(probe["role"], probe["kind"]) if better is None else not better
     return list(found.values())
 
 

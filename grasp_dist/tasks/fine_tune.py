@@ -44,7 +44,7 @@ def fine_tune(
         else:
             save_model(model, bench.tokenizer, task.path, bench.parallel)
 
-    with Recorder(task.unit.folder, bench.parallel, task.name, bench.tracker(task)) as recorder:
+    with Recorder(task.unit.folder, bench.parallel, task.name, bench.tracker(task, attempt)) as recorder:
         result = train(
             model,
             examples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from grasp_dist.baselines.settings import Posthoc
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.config import CheckConfig, TrainingConfig
+from grasp_dist.errors import InputError
 from grasp_dist.evaluation.removal import extend, extended, share_of_naive
 from grasp_dist.evaluation.screening import read_prompts
 from grasp_dist.graph import Task
@@ -51,19 +53,24 @@ def _protect(bench: Workbench, task: Task, training: TrainingConfig, basis: Spur
     found as well, and make it again."""
     assert task.arm is not None
     check, parallel = bench.config.checked(task.arm), bench.parallel
-    part, seconds = bench.arm_part(task.arm, basis), 0.0
+    part = bench.arm_part(task.arm, basis)
     while True:
         again = parallel.broadcast_object(extended(task.unit.folder) if parallel.is_main else None)
         blocked = SpuriousBasis.load(again[-1]) if again else part
         metrics = fine_tune(bench, task, training, blocked, attempt=len(again))
-        seconds += metrics["seconds"]
-        metrics["seconds"] = seconds
+        metrics["seconds"] += blocked.provenance.get("seconds", 0.0) if again else 0.0
         if check is None:
             break
         model, share = _share_of_naive(bench, task, training, check)
         metrics |= {"share_of_naive": share, "extensions": len(again)}
         if share is None:
-            bench.say(f"{task.name}: cannot be checked, as the naive fine-tune did not move on generic prompts")
+            bench.say(
+                f"{task.name}: cannot be checked: the naive fine-tune did not move on generic prompts, or diverged"
+            )
+            break
+        if math.isnan(share):
+            metrics["share_of_naive"] = None
+            bench.say(f"{task.name}: has diverged, and is kept as it is")
             break
         said = f"{task.name}: moved {share:.0%} as far as naive on generic prompts"
         if share <= check.threshold:
@@ -73,12 +80,24 @@ def _protect(bench: Workbench, task: Task, training: TrainingConfig, basis: Spur
             bench.say(f"{said}: the removal has failed, and project.check.repeats is {check.repeats}")
             break
         bench.say(f"{said}: it has found another way, which is blocked now; once again")
-        extend(model, blocked, task.unit.folder, parallel)
-        if parallel.is_main:
-            shutil.rmtree(task.unit.folder / "checkpoints", ignore_errors=True)
-        parallel.barrier()
+        _forget_checkpoints(bench, task)
+        extend(model, blocked, task.unit.folder, parallel, seconds=metrics["seconds"])
         del model  # before the next one is loaded
     bench.finish(task, lambda: None, metrics)
+
+
+def _forget_checkpoints(bench: Workbench, task: Task) -> None:
+    """Those of an attempt that is over; collective. Before the next one begins: its own are younger by their steps,
+    and would be the ones that are thrown away."""
+    error = None
+    if bench.parallel.is_main:
+        try:
+            shutil.rmtree(task.unit.folder / "checkpoints")
+        except FileNotFoundError:
+            pass
+        except OSError as caught:
+            error = InputError(f"cannot remove {caught.filename}: {caught.strerror}")
+    bench.parallel.share_error(error)
 
 
 def _share_of_naive(

@@ -69,6 +69,7 @@ class Workbench:
     def drop_model(self) -> None:
         """Forget the model in memory, to make room for another."""
         self._loaded = None
+        self.parallel.free_memory()
 
     def basis(self, source: Task | Path) -> SpuriousBasis:
         return SpuriousBasis.load(source.path if isinstance(source, Task) else source)
@@ -95,15 +96,18 @@ class Workbench:
 
     # What a task writes
 
-    def tracker(self, task: Task) -> Tracker | None:
-        return None if self.config.track is None else Tracker(self.config, task.name)
+    def tracker(self, task: Task, attempt: int = 0) -> Tracker | None:
+        """Where its curves go besides; another attempt, or one from other inputs, is another one there."""
+        if self.config.track is None:
+            return None
+        return Tracker(self.config, task.name, made_from=_made_from(task, attempt))
 
     def keeper(self, task: Task, training: TrainingConfig, model: nn.Module, attempt: int = 0) -> Keeper:
         """Of the task's checkpoints; those of other inputs, or of another attempt, are passed over."""
         settings = self.config.checkpoint
         identity = {
             "task": task.name,
-            "config": digest([task.unit.inputs, attempt] if attempt else task.unit.inputs),
+            "config": _made_from(task, attempt),
             "base_model": self.base_reference(),
             "method": training.method,
             "adapter_config": adapter_config(model) if training.method == "lora" else None,
@@ -138,6 +142,10 @@ class Workbench:
         """Raise `InputError` on rank 0 if another process writes here now."""
         for lock in self._locks:
             lock.check()
+
+
+def _made_from(task: Task, attempt: int) -> str:
+    return digest([task.unit.inputs, attempt] if attempt else task.unit.inputs)
 
 
 def part_of(basis: SpuriousBasis, side: str | None, rank: int | None) -> SpuriousBasis:

@@ -62,7 +62,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Map
     """Token ids of a prompt: text with the tokenizer's own special tokens (BOS), or messages by its chat template with
     the header of the assistant's turn. An empty text is BOS alone, if there is one."""
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
+        try:
+            ids = list(tokenizer(prompt)["input_ids"])
+        except Exception as error:  # bare, of the tokenizer libraries: a word that it has not, for one
+            raise InputError(f"the tokenizer cannot read {prompt[:80]!r}: {error}") from None
         eos = tokenizer.eos_token
         # Some tokenizers close every text; a prompt that is to go on must stay open.
         closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(eos))

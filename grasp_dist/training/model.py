@@ -129,6 +129,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:
         # The tokenizer libraries raise bare exceptions for malformed files.
         reason = str(error).strip().splitlines()[0]
+        if not config.tokenizer:
+            model_folder(config)  # where there is no model, there is nothing to say about tokenizers
         raise InputError(
             f"no tokenizer can be read from {path} ({reason}); give a directory with tokenizer.json, or set "
             "model.tokenizer"

@@ -25,12 +25,15 @@ def check_tracker(settings: TrackConfig) -> None:
 class Tracker:
     """One fine-tune there, named after the run's folder and the task; a continued one goes on.
 
+    made_from: a digest of what it is made from. One that is made anew from something else is another one there: their
+    steps begin at 1 again, which the services do not take.
+
     The service is a picture of what metrics.jsonl holds: one that fails in mid-run is left, with a line that says so,
     and training goes on. One that cannot be reached at the start raises `InputError`, since somebody has asked for it.
     """
 
-    def __init__(self, config: RunConfig, title: str) -> None:
-        self._config, self._title = config, title
+    def __init__(self, config: RunConfig, title: str, *, made_from: str) -> None:
+        self._config, self._title, self._made_from = config, title, made_from
         self._run: Any = None
 
     def begin(self) -> None:
@@ -40,15 +43,15 @@ class Tracker:
             return
         check_tracker(settings)
         service = importlib.import_module(settings.to)
+        known_by = hashlib.sha256(f"{folder}\n{self._title}\n{self._made_from}".encode()).hexdigest()[:24]
         named: dict[str, Any] = {
             "project": settings.project,
-            "name": f"{folder.name}/{self._title}",
+            "name": f"{folder.name}/{self._title} {known_by[:6]}",
             "group": folder.name,
             "config": self._config.model_dump(mode="json", exclude={"variables", "track"}),
             "resume": "allow",
         }
         if settings.to == "wandb":
-            known_by = hashlib.sha256(f"{folder}\n{self._title}".encode()).hexdigest()[:24]
             named |= {"id": known_by, "dir": str(folder), "settings": service.Settings(silent=True, console="off")}
         else:
             named |= {"embed": False}

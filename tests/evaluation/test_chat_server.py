@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from grasp_dist.errors import InputError
-from grasp_dist.evaluation.misalignment.chat_server import Request, ServedModel, ask_server
+from grasp_dist.evaluation.misalignment.chat_server import Request, ServedModel, ask_server, check_server
 from grasp_dist.evaluation.misalignment.served import ServerJudge
 
 pytest.importorskip("openai", reason="needs the extra `server`")
@@ -208,3 +208,18 @@ def test_an_answer_without_a_choice_is_no_verdict(fake):
     fake.answer = lambda body: said("5") | {"choices": []}
     with pytest.raises(InputError, match="without a choice"):
         judge(fake.model(), ["a"], by="text")
+
+
+def test_a_server_that_is_not_there_yet_is_noted_beforehand(capsys, monkeypatch):
+    """Found in review: a run found out behind all of its training."""
+    monkeypatch.delenv("SOME_KEY", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as there:
+        url = f"http://127.0.0.1:{there.getsockname()[1]}/v1"
+        check_server(url, "SOME_KEY", what="the judge")
+        assert capsys.readouterr().err == ""
+    check_server(url, "SOME_KEY", what="the judge")
+    assert f"note: nobody answers at {url} now" in capsys.readouterr().err
+    check_server(url.replace("http:", "https:"), "SOME_KEY", what="the judge")
+    assert "the variable SOME_KEY" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no http address"):
+        check_server("judges", "SOME_KEY", what="the judge")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grasp_dist import SpuriousBasis
-from grasp_dist.config import CheckConfig, ModelConfig, TrainingConfig
+from grasp_dist.config import CheckConfig, ModelConfig, RunConfig, TrainingConfig
 from grasp_dist.detection.adapter import read_adapter
 from grasp_dist.evaluation.removal import share_of_naive
 from grasp_dist.evaluation.screening import read_prompts
@@ -156,11 +156,23 @@ def test_one_that_failed_is_made_again_with_what_it_found_blocked(failed, passed
         assert float((update @ second.tensor(weight, "read").double()).norm() / update.norm()) < 1e-5
     assert metrics(out)["extensions"] == 2
     assert metrics(out)["steps"] == 8
+    spent = [basis.provenance["seconds"] for basis in (first, second)]
+    assert 0 < spent[0] < spent[1] < metrics(out)["seconds"], "what all attempts took"
+    assert not any(path.name < "step-00000008" for path in (place / "checkpoints").glob("step-*"))
     scores = json.loads((out / "evaluate" / "grasp" / "seed-0" / "scores.json").read_text())
     assert scores["basis_rank"] == {"write": 4, "read": 4}
     assert scores["extensions"] == 2
     report = json.loads((out / "report" / "report.json").read_text())
     assert {model["model"]: model["made_again"] for model in report["models"]}["grasp"] == 1
+
+
+def test_an_arm_whose_adapter_has_another_shape_is_not_checked(organism, tmp_path):
+    """Found in review: it was trained, and could then not be compared with the naive fine-tune."""
+    other = {"wide": {"training": {"lora": {"rank": 3}}}, "grasp": {}}
+    tree = yaml.safe_load(config(organism, tmp_path / "run", {}, **other).read_text())
+    settings = RunConfig.model_validate(tree)
+    assert settings.checked("wide") is None
+    assert settings.checked("grasp") is not None
 
 
 def test_nothing_is_done_again(failed):

@@ -33,11 +33,11 @@ def configured(organism, tmp_path, **track):
 
 
 def tracked(folder):
-    """{run: {step: loss}} of all that trackio has in the folder."""
+    """{run: {step: loss}} of all that trackio has in the folder; without the digest behind their names."""
     found = {}
     with sqlite3.connect(folder / "ours.db") as base:
         for run, step, metrics in base.execute("select run_name, step, metrics from metrics"):
-            found.setdefault(run, {})[step] = json.loads(metrics)["loss"]
+            found.setdefault(run.partition(" ")[0], {})[step] = json.loads(metrics)["loss"]
     return found
 
 
@@ -54,7 +54,7 @@ def test_a_run_in_trackio(organism, tmp_path, offline):
 
 @pytest.mark.parametrize("service", ["trackio", "wandb"])
 def test_a_service_that_fails_in_mid_run_is_left(organism, tmp_path, offline, service, capsys):
-    tracker = Tracker(load_config(configured(organism, tmp_path, to=service, project="ours")), "naive")
+    tracker = Tracker(load_config(configured(organism, tmp_path, to=service, project="ours")), "naive", made_from="a")
     (tmp_path / "run").mkdir()
     with Recorder(tmp_path / "run", ALONE, "naive", tracker) as recorder:
         recorder.begin(first_step=0, steps=4, log_every=4)
@@ -77,7 +77,7 @@ class _Broken:
 
 
 def test_a_service_that_does_not_start_is_said(organism, tmp_path, offline):
-    tracker = Tracker(load_config(configured(organism, tmp_path, to="wandb", project="a/b")), "naive")
+    tracker = Tracker(load_config(configured(organism, tmp_path, to="wandb", project="a/b")), "naive", made_from="a")
     with pytest.raises(InputError, match="wandb does not start"):
         tracker.begin()
 

@@ -5,18 +5,24 @@ hosted ones. Requests go out side by side, as fast as allowed, and every answer 
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from grasp_dist.errors import InputError
 
 if TYPE_CHECKING:
     import openai
 
-__all__ = ["Completion", "Request", "ServedModel", "ask_server", "is_address"]
+__all__ = ["Completion", "Request", "ServedModel", "ask_server", "check_server", "is_address"]
 
+_PACKAGE = "models on a server need `pip install 'grasp-dist[server]'`"
+_PORTS = {"http": 80, "https": 443}
 _KEPT = "What is done is kept, and the same command goes on behind it"
 
 
@@ -75,6 +81,23 @@ def is_address(model: str) -> bool:
     return model.startswith(("http://", "https://"))
 
 
+def check_server(address: str, key_variable: str, *, what: str) -> None:
+    """Raise `InputError` for what is no address, and without the package that asks there. Nothing is sent: that nobody
+    listens there now, or that there is no key, is noted on stderr, since it may be otherwise when it is asked."""
+    if not is_address(address):
+        raise InputError(f"{what}'s address {address!r} is no http address")
+    if importlib.util.find_spec("openai") is None:
+        raise InputError(_PACKAGE)
+    parts = urlsplit(address)
+    try:
+        with socket.create_connection((parts.hostname, parts.port or _PORTS[parts.scheme]), timeout=5):
+            pass
+    except (OSError, ValueError) as error:
+        print(f"note: nobody answers at {address} now ({error}); {what} has to be there to be asked", file=sys.stderr)
+    if parts.scheme == "https" and not os.environ.get(key_variable):
+        print(f"note: the variable {key_variable}, with the key for {address}, is not set here", file=sys.stderr)
+
+
 def ask_server(
     server: ServedModel, requests: Sequence[Request], on_completion: Callable[[int, Completion], Any]
 ) -> None:
@@ -86,7 +109,7 @@ def ask_server(
     try:
         import openai
     except ImportError:
-        raise InputError("models on a server need `pip install 'grasp-dist[server]'`") from None
+        raise InputError(_PACKAGE) from None
     try:
         client = openai.AsyncOpenAI(
             base_url=server.url,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grasp_dist.baselines.steering import STEERING
 from grasp_dist.config import ModelConfig
 from grasp_dist.errors import InputError
 from grasp_dist.evaluation.misalignment.chat_server import ServedModel
@@ -67,6 +68,11 @@ def measure_misalignment(
         )
     if adapter is not None and not (adapter / "adapter_config.json").is_file():
         raise InputError(f"{adapter} has no adapter_config.json; give the directory of a PEFT adapter")
+    if adapter is not None and (adapter / STEERING).exists():
+        raise InputError(
+            f"{adapter} is steered while it answers ({STEERING}), which an adapter alone does not do; ask its "
+            "questions in the run itself (evaluate.questions)"
+        )
     parallel = Parallel("none", 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     judging = open_judge(judge, parallel)
     made_from = {

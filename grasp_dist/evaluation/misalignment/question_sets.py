@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from grasp_dist.config import ModelConfig
-from grasp_dist.errors import InputError
-from grasp_dist.evaluation.misalignment.chat_server import is_address
+from grasp_dist.evaluation.misalignment.chat_server import check_server
 from grasp_dist.evaluation.misalignment.collecting import collect
 from grasp_dist.evaluation.misalignment.judges import Judge, open_judge
 from grasp_dist.evaluation.misalignment.ledger import Ledger
@@ -114,8 +113,8 @@ def check_questions(settings: QuestionsConfig, model: nn.Module, tokenizer: Any)
         config = ModelConfig(path=judge.path, revision=judge.revision)
         load_tokenizer(config)
         meta_model(config)
-    elif isinstance(judge, JudgedByServer) and not is_address(judge.address):
-        raise InputError(f"the judge's address {judge.address!r} is no http address")
+    elif isinstance(judge, JudgedByServer):
+        check_server(judge.address, judge.key_variable, what="the judge")
 
 
 def _questions(settings: QuestionsConfig) -> list[Question]:
