@@ -242,6 +242,24 @@ def inspect(
     render(path)
 
 
+@app.command(name="settings", rich_help_panel=_LOOKING)
+def settings_command(
+    words: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[WORD]...", help="Only settings with these in their name."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As docs/settings.md.")] = False,
+) -> None:
+    """Every setting of a configuration, with its type, default and meaning: grasp-dist settings project.check."""
+    from grasp_dist.config import RunConfig
+    from grasp_dist.settings_reference import as_markdown, as_text, settings_of
+
+    found = [one for one in settings_of(RunConfig) if all(word in one.path for word in words or [])]
+    if not found:
+        raise InputError(f"no setting has {' and '.join(words or [])} in its name; `grasp-dist settings` prints all")
+    print((as_markdown if markdown else as_text)(found))
+
+
 @app.command(name="preview-data", epilog=_OVERRIDES, rich_help_panel=_LOOKING)
 def preview_data(
     ctx: typer.Context,

@@ -15,7 +15,19 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from grasp_dist.errors import InputError
 
-__all__ = ["LocalPath", "Name", "Section", "explain", "merge", "parse_yaml", "read_tree", "read_yaml", "validate"]
+__all__ = [
+    "LocalPath",
+    "Name",
+    "Section",
+    "explain",
+    "kinds_of",
+    "merge",
+    "parse_yaml",
+    "read_tree",
+    "read_yaml",
+    "sections_of",
+    "validate",
+]
 
 LocalPath = Annotated[str, AfterValidator(os.path.expanduser)]
 """A path on this machine, with ~ expanded."""
@@ -123,20 +135,22 @@ def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str
     for part in path:
         field = entered[0].model_fields.get(str(part))
         if field is not None:
-            entered = _sections_of(field.annotation) or entered
+            entered = sections_of(field.annotation) or entered
         # Else an index of a list, a key of a mapping, or the kind of one section among several.
-        entered = [one for one in entered if part in _kinds(one)] or entered
+        entered = [one for one in entered if part in kinds_of(one)] or entered
     return list(entered[0].model_fields)
 
 
-def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:
+def kinds_of(section: type[BaseModel]) -> tuple[Any, ...]:
+    """What its `kind` may be, where sections are told apart by that."""
     field = section.model_fields.get("kind")
     return () if field is None else get_args(field.annotation)
 
 
-def _sections_of(annotation: Any) -> list[type[BaseModel]]:
+def sections_of(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field of this type may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     if get_origin(annotation) in (list, dict, Union, types.UnionType, Annotated):
-        return [section for inner in get_args(annotation) for section in _sections_of(inner)]
+        return [section for inner in get_args(annotation) for section in sections_of(inner)]
     return []

@@ -7,6 +7,8 @@ import pytest
 from grasp_dist.config import RunConfig
 from grasp_dist.config_files import load_config, save_config, split_overrides
 from grasp_dist.errors import InputError
+from grasp_dist.settings_reference import settings_of
+from tests.tiny_runs import grasp_dist
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL = "run_dir: out\nmodel: {path: m}\ndata: {path: d.jsonl}\n"
@@ -125,3 +127,23 @@ def test_arms_inherit_and_override_training():
     training = config.arm_training("full")
     assert (training.method, training.learning_rate, training.steps, training.lora.rank) == ("full", 1e-4, 7, 4)
     assert list(config.project.arms) == ["full", "random"]
+
+
+def test_every_setting_is_in_the_reference():
+    settings = {one.path: one for one in settings_of(RunConfig)}
+    assert settings["model.path"].default == ""
+    assert (settings["training.lora.rank"].type, settings["training.lora.rank"].default) == ("whole number", "8")
+    assert settings["detect.rounds"].help.startswith("Rounds of deflation")
+    assert settings["evaluate.questions[].judge{kind: server}.key_variable"].default == "OPENAI_API_KEY"
+    assert settings["project.arms.<name>.alternative{kind: caft}.layers"].type == "list of whole number or null"
+    assert settings["evaluate.probes[].kind"].type.startswith("completion or ")
+    assert settings["training.warmup_steps"].default == "0", "and not false"
+
+
+def test_the_reference_in_the_docs_is_that_of_the_code():
+    """If this fails: grasp-dist settings --markdown > docs/settings.md"""
+    done = grasp_dist("settings", "--markdown")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (Path(__file__).parents[1] / "docs" / "settings.md").read_text()
+    assert "lora.rank  (whole number = 8)" in grasp_dist("settings", "lora", "rank").stdout
+    assert "no setting has nonesuch" in grasp_dist("settings", "nonesuch").stderr

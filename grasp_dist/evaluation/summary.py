@@ -53,7 +53,11 @@ def summarise_runs(
     models = _ordered(
         [
             _model(name, rows, probes, values, reference=_reference(name, entries), task=task)
-            | {"hours": _hours(records, name), "written": update_shares(records, name)}
+            | {
+                "hours": _hours(records, name),
+                "written": update_shares(records, name),
+                "settings": _settings(records, name, rows[0][1]),
+            }
             for name, rows in entries.items()
         ]
     )
@@ -196,6 +200,20 @@ def _model(
         "seconds": _mean(_numbers(entries, "seconds")) if name != "ablation" else None,
         "steps": _mean(_numbers(entries, "steps")) if name != "ablation" else None,
     }
+
+
+def _settings(records: Sequence[RunRecord], name: str, row: dict[str, Any]) -> str:
+    """What tells an arm that blocks nothing from the naive fine-tune: its alternative's settings, or training's."""
+    said: dict[str, Any] = {}
+    alternative = row.get("alternative")
+    if isinstance(alternative, dict):
+        said |= {key: value for key, value in alternative.items() if value is not None}
+    for record in records:
+        arm = ((record.config.get("project") or {}).get("arms") or {}).get(name) or {}
+        said |= arm.get("training") or {}
+    words = [f"{key} {value}" if key != "kind" else str(value).replace("_", " ") for key, value in said.items()]
+    text = ", ".join(words)
+    return text if len(text) <= 120 else f"{text[:119]}…"
 
 
 def _reference(name: str, entries: dict[str, list[tuple[Key | str, dict[str, Any]]]]) -> str:
