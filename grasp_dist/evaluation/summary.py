@@ -211,7 +211,9 @@ def _settings(records: Sequence[RunRecord], name: str, row: dict[str, Any]) -> s
     for record in records:
         arm = ((record.config.get("project") or {}).get("arms") or {}).get(name) or {}
         said |= arm.get("training") or {}
-    words = [f"{key} {value}" if key != "kind" else str(value).replace("_", " ") for key, value in said.items()]
+    kind = said.pop("kind", None)
+    words = [] if kind is None else [str(kind).replace("_", " ")]
+    words += [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in said.items()]
     text = ", ".join(words)
     return text if len(text) <= 120 else f"{text[:119]}…"
 
