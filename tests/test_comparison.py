@@ -83,6 +83,8 @@ def test_one_command_trains_measures_and_compares(organism, tmp_path):
     assert {row["model"] for row in csv.DictReader((folder / "comparison.csv").open())} == set(models)
     page = (folder / "comparison.html").read_text()
     assert "comparison.json" in page
+    for settings in ("truncation, keep tail, rank 1", "steps 4"):
+        assert f"<small>{settings}</small>" in page, "what tells an alternative from naive"
     # What is blocked is not written; the control is not kept off it.
     assert max(models["grasp"]["written"]["inside"].values()) < 1e-9
     assert models["random"]["written"]["inside"]["write"] > 1e-3
