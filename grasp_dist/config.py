@@ -271,8 +271,8 @@ class ArmConfig(Section):
 class CheckConfig(GenericPrompts):
     """Did the removal work? A protected fine-tune is compared with the naive one of its seed on generic prompts. Where
     it moved almost as far from the base, it has found a way that was not blocked: the leading directions of its own
-    update join its basis, and it is made again. LoRA fine-tunes of the naive one's modules and rank, with a detected
-    basis or a file's."""
+    update join its basis, and it is made again. LoRA fine-tunes with the naive one's modules, rank and scale, and a
+    detected basis or a file's."""
 
     threshold: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Of the total variation from the base, as a share of the naive fine-tune's: above it the removal has failed."""
@@ -449,10 +449,13 @@ class RunConfig(Section):
         # One-shot detection beside the default is there to be compared as it is.
         if self.project.arms[arm].basis in ("random", "one_shot", "none"):
             return None
-        # It is compared with the naive fine-tune on one model, which takes adapters of one shape.
-        shape = {"method", "modules", "lora"}
+        return self.project.check if self.has_naive_shape(arm) else None
+
+    def has_naive_shape(self, arm: str) -> bool:
+        """Whether the arm's adapters fit where the naive fine-tune's do, so that both can be compared on one model."""
+        shape: Any = {"method": True, "modules": True, "lora": {"rank", "alpha", "rslora"}}
         own, naive = (training.model_dump(include=shape) for training in (self.arm_training(arm), self.training))
-        return self.project.check if naive["method"] == "lora" and own == naive else None
+        return naive["method"] == "lora" and own == naive
 
     def half_training(self) -> TrainingConfig:
         """The naive settings for half of the data: half of the steps."""

@@ -120,7 +120,9 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             if item["type"] == "model_type":
-                message = f"{where} has settings of its own: write {{}} for their defaults, or leave it out"
+                message = f"{where} has settings of its own, got {item['input']!r}"
+                if not any(field.is_required() for field in _section_at(root, item["loc"]).model_fields.values()):
+                    message += "; write {} for their defaults, or leave it out"
             elif item["type"].startswith("union_tag"):
                 message = f"{where}: {message}"
             elif where and not isinstance(item["input"], dict):
@@ -131,6 +133,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
     """Field names of the section that `path` leads to."""
+    return list(_section_at(model, path).model_fields)
+
+
+def _section_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
     entered = [model]
     for part in path:
         field = entered[0].model_fields.get(str(part))
@@ -138,7 +144,7 @@ def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str
             entered = sections_of(field.annotation) or entered
         # Else an index of a list, a key of a mapping, or the kind of one section among several.
         entered = [one for one in entered if part in kinds_of(one)] or entered
-    return list(entered[0].model_fields)
+    return entered[0]
 
 
 def kinds_of(section: type[BaseModel]) -> tuple[Any, ...]:

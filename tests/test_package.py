@@ -37,6 +37,13 @@ def test_public_names(name):
     assert name in dir(grasp_dist)
 
 
+def test_every_folder_is_installed():
+    text = (PACKAGE.parent / "pyproject.toml").read_text()
+    folders = [path.parent.relative_to(PACKAGE.parent) for path in PACKAGE.rglob("__init__.py")]
+    names = [".".join(folder.parts) for folder in folders]
+    assert [name for name in names if f'"{name}",' not in text] == []
+
+
 # A room may import from those after it.
 ORDER = [
     "cli",

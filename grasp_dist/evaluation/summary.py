@@ -56,7 +56,7 @@ def summarise_runs(
             | {
                 "hours": _hours(records, name),
                 "written": update_shares(records, name),
-                "settings": _settings(records, name, rows[0][1]),
+                "settings": _settings(records, name, [row for _, row in rows]),
             }
             for name, rows in entries.items()
         ]
@@ -202,20 +202,25 @@ def _model(
     }
 
 
-def _settings(records: Sequence[RunRecord], name: str, row: dict[str, Any]) -> str:
-    """What tells an arm that blocks nothing from the naive fine-tune: its alternative's settings, or training's."""
-    said: dict[str, Any] = {}
-    alternative = row.get("alternative")
-    if isinstance(alternative, dict):
-        said |= {key: value for key, value in alternative.items() if value is not None}
-    for record in records:
-        arm = ((record.config.get("project") or {}).get("arms") or {}).get(name) or {}
-        said |= arm.get("training") or {}
-    kind = said.pop("kind", None)
-    words = [] if kind is None else [str(kind).replace("_", " ")]
-    words += [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in said.items()]
-    text = ", ".join(words)
+def _settings(records: Sequence[RunRecord], name: str, rows: Sequence[dict[str, Any]]) -> str:
+    """What tells an arm that blocks nothing from the naive fine-tune: its alternative's settings, and training's."""
+    arms = [((record.config.get("project") or {}).get("arms") or {}).get(name) or {} for record in records]
+    found = {_told(row.get("alternative") or {}) for row in rows}, {_told(arm.get("training") or {}) for arm in arms}
+    if any(len(texts - {""}) > 1 for texts in found):
+        return "with settings that differ between runs"
+    text = ", ".join(one for texts in found for one in texts if one)
     return text if len(text) <= 120 else f"{text[:119]}…"
+
+
+def _told(settings: dict[str, Any], within: str = "") -> str:
+    """A mapping of settings in words."""
+    words = [str(settings["kind"]).replace("_", " ")] if "kind" in settings else []
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            words.append(_told(value, f"{within}{key}."))
+        elif key != "kind" and value is not None:
+            words.append(f"{within}{key} {value:.3g}" if isinstance(value, float) else f"{within}{key} {value}")
+    return ", ".join(words)
 
 
 def _reference(name: str, entries: dict[str, list[tuple[Key | str, dict[str, Any]]]]) -> str:

@@ -54,6 +54,8 @@ def _protect(bench: Workbench, task: Task, training: TrainingConfig, basis: Spur
     assert task.arm is not None
     check, parallel = bench.config.checked(task.arm), bench.parallel
     part = bench.arm_part(task.arm, basis)
+    if bench.config.project.check is not None and not bench.config.has_naive_shape(task.arm):
+        bench.say(f"{task.name}: will not be checked, as it is no adapter of the naive fine-tune's shape")
     while True:
         again = parallel.broadcast_object(extended(task.unit.folder) if parallel.is_main else None)
         blocked = SpuriousBasis.load(again[-1]) if again else part

@@ -221,5 +221,6 @@ def test_a_server_that_is_not_there_yet_is_noted_beforehand(capsys, monkeypatch)
     assert f"note: nobody answers at {url} now" in capsys.readouterr().err
     check_server(url.replace("http:", "https:"), "SOME_KEY", what="the judge")
     assert "the variable SOME_KEY" in capsys.readouterr().err
-    with pytest.raises(InputError, match="no http address"):
-        check_server("judges", "SOME_KEY", what="the judge")
+    for address in ("judges", "http://[::1/v1"):
+        with pytest.raises(InputError, match="no http address"):
+            check_server(address, "SOME_KEY", what="the judge")

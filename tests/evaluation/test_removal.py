@@ -33,6 +33,7 @@ def config(organism, out, check, steps=8, **arms):
     tree["training"]["steps"] = steps
     tree["evaluate"] |= {"shift": False, "ablation": False}
     tree["project"] = {"check": check}
+    tree["checkpoint"] = {"every": 3}
     if arms:
         tree["project"]["arms"] = arms
     path = out.with_suffix(".yaml")
@@ -158,7 +159,10 @@ def test_one_that_failed_is_made_again_with_what_it_found_blocked(failed, passed
     assert metrics(out)["steps"] == 8
     spent = [basis.provenance["seconds"] for basis in (first, second)]
     assert 0 < spent[0] < spent[1] < metrics(out)["seconds"], "what all attempts took"
-    assert not any(path.name < "step-00000008" for path in (place / "checkpoints").glob("step-*"))
+    states = sorted((place / "checkpoints").iterdir())
+    assert [path.name for path in states] == ["step-00000003", "step-00000006"]
+    made = (place / "extended-2.safetensors").stat().st_mtime
+    assert all(path.stat().st_mtime >= made for path in states), "of the last attempt"
     scores = json.loads((out / "evaluate" / "grasp" / "seed-0" / "scores.json").read_text())
     assert scores["basis_rank"] == {"write": 4, "read": 4}
     assert scores["extensions"] == 2

@@ -41,6 +41,16 @@ def tracked(folder):
     return found
 
 
+def test_what_is_made_from_something_else_is_another_one(organism, tmp_path, monkeypatch):
+    """Found in review: a fine-tune that is made again begins at step 1, which the services pass over."""
+    settings = load_config(configured(organism, tmp_path, to="trackio", project="ours"))
+    named = []
+    monkeypatch.setattr("trackio.init", lambda **given: named.append(given["name"]))
+    for made_from in ("a", "a", "b"):
+        Tracker(settings, "naive", made_from=made_from).begin()
+    assert named[0] == named[1] != named[2]
+
+
 def test_a_run_in_trackio(organism, tmp_path, offline):
     done = grasp_dist("naive", configured(organism, tmp_path, to="trackio", project="ours"))
     assert done.returncode == 0, done.stdout + done.stderr

@@ -88,11 +88,15 @@ def check_server(address: str, key_variable: str, *, what: str) -> None:
         raise InputError(f"{what}'s address {address!r} is no http address")
     if importlib.util.find_spec("openai") is None:
         raise InputError(_PACKAGE)
-    parts = urlsplit(address)
     try:
-        with socket.create_connection((parts.hostname, parts.port or _PORTS[parts.scheme]), timeout=5):
+        parts = urlsplit(address)
+        where = parts.hostname, parts.port or _PORTS[parts.scheme]
+    except ValueError as error:
+        raise InputError(f"{what}'s address {address!r} is no http address: {error}") from None
+    try:
+        with socket.create_connection(where, timeout=5):
             pass
-    except (OSError, ValueError) as error:
+    except OSError as error:
         print(f"note: nobody answers at {address} now ({error}); {what} has to be there to be asked", file=sys.stderr)
     if parts.scheme == "https" and not os.environ.get(key_variable):
         print(f"note: the variable {key_variable}, with the key for {address}, is not set here", file=sys.stderr)
