@@ -84,7 +84,7 @@ def test_a_debugged_task_that_is_asked_to_stop_says_so(organism, tmp_path, monke
     import signal
 
     config = load_config(write_launch_config(organism, tmp_path))
-    monkeypatch.setattr("grasp_dist.training.preemption.stop_requested", lambda: True)
+    monkeypatch.setattr("grasp_dist.tasks.worker.stop_requested", lambda: True)
     with pytest.raises(Preempted):
         launch(config, "local", launcher="debug")
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, []) & {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
