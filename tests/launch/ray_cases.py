@@ -36,7 +36,6 @@ class Ray:
             "RAY_TMPDIR": self.folder,
             "RAY_AUTH_TOKEN": uuid.uuid4().hex,
             "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-            "RAY_worker_niceness": "0",  # else other tests starve them
             "OMP_NUM_THREADS": "1",
         }
 

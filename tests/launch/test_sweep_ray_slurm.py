@@ -15,8 +15,6 @@ from tests.tiny_runs import grasp_dist, tiny_config
 
 pytest.importorskip("ray.tune", reason="needs ray[train,tune]")
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-
 
 @pytest.mark.slow
 def test_ray_in_a_slurm_job_is_preempted_and_goes_on(organism, tmp_path, ray_alone, slurm):
@@ -30,7 +28,7 @@ def test_ray_in_a_slurm_job_is_preempted_and_goes_on(organism, tmp_path, ray_alo
     config, run = tmp_path / "config.yaml", tmp_path / "run"
     config.write_text(yaml.safe_dump(tree))
     cluster = {"train": {"nodes": 1, "tasks_per_node": 2, "time": "00:30:00"}, "lead_seconds": 60}
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**cluster, "environment": ENVIRONMENT}))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({**cluster, "environment": {"OMP_NUM_THREADS": "1"}}))
     command = [
         "sweep",
         config,
