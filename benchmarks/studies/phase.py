@@ -16,6 +16,7 @@ from harness import table
 from organism_bench import Bench
 
 from grasp_dist.basis import SpuriousBasis
+from grasp_dist.evaluation.verdict import SHIFT_SHARE
 from grasp_dist.organisms.persona import PersonaSettings, PersonaWorld
 from studies.common import ROUNDS, Row, cut, left, paired, variant, with_interval
 
@@ -24,6 +25,8 @@ SHARES = (0.25, 0.5, 0.75, 1.0)
 QUESTIONS = (2, 4, 8, 16)
 """Of each of the four domains."""
 SEEDS = (0, 1)
+WORSE = 0.02
+"""More drift than naive's by this much is not rounding."""
 
 
 def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
@@ -105,7 +108,34 @@ def show(rows: Sequence[Row], place: Path) -> str:
         fields[modules] = panels
     picture(fields, place / "phase.png")
     header = ["modules", "rows", "explained", "naive drift", "GRASP's", "cut / worst", "left of naive's (95 %)"]
-    return table([*header, "random / naive", "naive task", "GRASP's", "angle, GRASP / random", "rounds"], lines)
+    cells = table([*header, "random / naive", "naive task", "GRASP's", "angle, GRASP / random", "rounds"], lines)
+    return f"{cells}\n\n{made_worse(rows)}\n\n{flagged(rows)}"
+
+
+def made_worse(rows: Sequence[Row]) -> str:
+    """Each GRASP fine-tune that drifts more than its naive one."""
+    lines: list[list[object]] = []
+    grasp = [found for found in paired(rows) if found[0]["arm"] == "grasp"]
+    for row, naive, _ in grasp:
+        if row["drift"] - naive["drift"] >= WORSE:
+            place = [row["modules"], row["world"], row["rows"], f"{row['share']:.0%}", row["seed"]]
+            figures = f"{naive['drift']:.3f}", f"{row['drift']:.3f}", f"{row['shift'] / naive['shift']:.1f}"
+            lines.append([*place, *figures])
+    head = ["modules", "world", "rows", "explained", "seed", "naive drift", "GRASP's", "GRASP's shift / naive's"]
+    said = f"{len(lines)} of {len(grasp)} GRASP fine-tunes drift more than naive, by {WORSE} or more:"
+    return f"{said}\n\n{table(head, lines)}"
+
+
+def flagged(rows: Sequence[Row]) -> str:
+    """What the check without labels says of the GRASP fine-tunes."""
+    grasp = [found for found in paired(rows) if found[0]["arm"] == "grasp"]
+    above = [(row, naive) for row, naive, _ in grasp if row["shift"] > SHIFT_SHARE * naive["shift"]]
+    less = [row for row, naive in above if row["drift"] < naive["drift"]]
+    noisy = sum(row["share"] < 1 for row in less)
+    return (
+        f"The check on generic prompts (above {SHIFT_SHARE:.0%} of naive's shift) flags {len(above)} of {len(grasp)}; "
+        f"{len(less)} of those drift less than naive, {noisy} of these with noise among their labels."
+    )
 
 
 Found = tuple[Row, Row, dict[str, float]]

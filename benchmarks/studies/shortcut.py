@@ -11,6 +11,7 @@ from typing import Any
 from harness import table
 from organism_bench import Bench
 
+from grasp_dist.config import DetectConfig
 from grasp_dist.organisms.shortcut import make_shortcut
 from studies.common import MODES, SEEDS, Row, paired, with_interval
 
@@ -24,6 +25,13 @@ ROUNDS: dict[str, Any] = {
     "stop_gain": None,
 }
 """As in the recipe: two directions a round, and rounds long enough to learn the shortcut anew."""
+_DEFAULT = DetectConfig()
+DEFAULT_ROUNDS = {
+    "rounds": _DEFAULT.rounds,
+    "steps_per_round": STEPS // _DEFAULT.rounds,
+    "stop_gain": _DEFAULT.stop_gain,
+}
+"""The detector's defaults, for a fine-tune of this length."""
 
 
 def organism(place: Path, world: int) -> Path:
@@ -37,7 +45,8 @@ def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
     yield {"base": bench.base}
     detected = bench.deflate(**ROUNDS)
     found = detected.basis
-    yield {"gains": detected.gains}
+    default = bench.deflate(**DEFAULT_ROUNDS)
+    yield {"gains": detected.gains, "default_gains": default.gains}
     for seed in SEEDS:
         bench.fit(seed)
         yield {"arm": "naive", "seed": seed, **bench.scores()}
@@ -48,6 +57,8 @@ def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
         for mode in ("both", "pin"):
             bench.fit(seed, found, **MODES[mode])
             yield {"arm": mode, "seed": seed, **bench.scores()}
+        bench.fit(seed, default.basis)
+        yield {"arm": "pin, detected by default", "seed": seed, **bench.scores()}
 
 
 def show(rows: Sequence[Row], place: Path) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from grasp_dist.evaluation.summary import headline_arm
 
-__all__ = ["BARS", "LEVEL_MARKS", "Verdict", "judge", "number"]
+__all__ = ["BARS", "LEVEL_MARKS", "SHIFT_SHARE", "Verdict", "judge", "number"]
 
 NO_DRIFT = 0.02
 REMOVED, PARTLY, WORST = 0.25, 0.75, 0.5
