@@ -86,8 +86,11 @@ def test_one_command_trains_measures_and_compares(organism, tmp_path):
     for settings in ("truncation, keep tail, rank 1", "steps 4"):
         assert f"<small>{settings}</small>" in page, "what tells an alternative from naive"
     # What is blocked is not written; the control is not kept off it.
-    assert max(models["grasp"]["written"]["inside"].values()) < 1e-9
-    assert models["random"]["written"]["inside"]["write"] > 1e-3
+    assert max(found["mean"] for found in models["grasp"]["written"]["inside"].values()) < 1e-9
+    share = models["random"]["written"]["inside"]["write"]
+    assert share["n"] == 3
+    assert share["interval"][0] <= share["mean"] <= share["interval"][1]
+    assert share["mean"] > 1e-3
     assert models["naive"]["hours"]["device"] in ("cpu", "cuda")
     for name in ("naive", "grasp"):
         hours = models[name]["seconds"] / 3600

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grasp_dist.errors import InputError
 from grasp_dist.evaluation.runs import RunRecord
+from grasp_dist.evaluation.statistics import estimate
 
 if TYPE_CHECKING:
     from grasp_dist.basis import SpuriousBasis
@@ -18,8 +18,9 @@ __all__ = ["inside", "update_shares"]
 
 
 def update_shares(records: Sequence[RunRecord], model: str) -> dict[str, Any] | None:
-    """{"inside": {side: share}, "chance": {side: share}, "weights": [{"weight", "energy", side: share}]}, means over
-    the LoRA fine-tunes of that name; None where there is none, or no basis.
+    """{"inside": {side: estimate}, "chance": {side: estimate}, "weights": [{"weight", "energy", side: estimate}]} over
+    the LoRA fine-tunes of that name, as `statistics.estimate` gives them; None where there is none, or no basis of
+    weights that they train.
 
     Energy: squared Frobenius norm of a weight's update, as a share of all weights'. inside: of it, what is written
     along the basis (write) or reads along it (read). chance: what a random subspace of the same ranks would have.
@@ -27,7 +28,7 @@ def update_shares(records: Sequence[RunRecord], model: str) -> dict[str, Any] | 
     from grasp_dist.basis import SpuriousBasis
     from grasp_dist.detection.adapter import read_adapter
 
-    found = []
+    found: list[tuple[str, dict[str, Any]]] = []
     for record in records:
         if not record.found:
             continue
@@ -38,22 +39,29 @@ def update_shares(records: Sequence[RunRecord], model: str) -> dict[str, Any] | 
             folder = record.folder / stage / f"seed-{seed}" / "adapter"
             try:
                 basis = SpuriousBasis.load(record.folder / "detect" / "basis.safetensors")
-                found.append(inside(read_adapter(Path(folder)), basis))
+                one = inside(read_adapter(Path(folder)), basis)
             except (InputError, OSError):
                 continue
+            if one["inside"]:
+                found.append((record.name, one))
     if not found:
         return None
-    weights = [
-        {key: weight[0][key] if key == "weight" else statistics.fmean(one[key] for one in weight) for key in weight[0]}
-        for weight in zip(*(one["weights"] for one in found), strict=False)
-    ]
+    by_weight: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    for run, one in found:
+        for row in one["weights"]:
+            by_weight.setdefault(row["weight"], []).append((run, row))
     return {
-        **{
-            part: {side: statistics.fmean(one[part][side] for one in found) for side in found[0][part]}
-            for part in ("inside", "chance")
-        },
-        "weights": weights,
+        "inside": _estimates([(run, one["inside"]) for run, one in found]),
+        "chance": _estimates([(run, one["chance"]) for run, one in found]),
+        "weights": [{"weight": weight, **_estimates(rows)} for weight, rows in by_weight.items()],
     }
+
+
+def _estimates(rows: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Of each figure that any row has: runs may differ in their modules and in the sides of their basis."""
+    names = dict.fromkeys(name for _, row in rows for name in row if name != "weight")
+    having = {name: [(run, row[name]) for run, row in rows if name in row] for name in names}
+    return {name: estimate([run for run, _ in own], [value for _, value in own]) for name, own in having.items()}
 
 
 def inside(update: AdapterUpdate, basis: SpuriousBasis) -> dict[str, Any]:

@@ -173,9 +173,10 @@ def shift_picture(summary: Mapping[str, Any]) -> str | None:
             ratios = model["shift"]["ratios"]
             if len(ratios) > 1:
                 ax.scatter(ratios, [place] * len(ratios), s=22, color=colour, marker=marker, alpha=0.4, linewidths=0)
-            ax.scatter(
-                [model["shift"]["ratio"]], [place], s=90, color=colour, marker=marker, edgecolor=SURFACE, zorder=5
-            )
+            mean, interval = model["shift"]["ratio"]["mean"], model["shift"]["ratio"]["interval"]
+            if interval is not None:
+                ax.plot(interval, [place, place], color=colour, linewidth=2.2, solid_capstyle="butt", zorder=4)
+            ax.scatter([mean], [place], s=90, color=colour, marker=marker, edgecolor=SURFACE, zorder=5)
         ax.set_xscale("log")
         low, high = ax.get_xlim()
         ax.set_xlim(min(low, 0.7), max(high, 1.5))
@@ -184,7 +185,7 @@ def shift_picture(summary: Mapping[str, Any]) -> str | None:
         ax.set_yticks(range(len(shown)), [model["label"] for model in shown])
         ax.tick_params(axis="y", length=0)
         ax.set_xlabel("shift along the basis / along random directions (log)")
-        words = "; ".join(f"{model['label']}: {number(model['shift']['ratio'])}" for model in shown)
+        words = "; ".join(f"{model['label']}: {number(model['shift']['ratio']['mean'])}" for model in shown)
         return to_svg(
             made, "shift", "Shift of the activations along the basis, relative to random directions", f"{words}."
         )

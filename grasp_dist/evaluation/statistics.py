@@ -11,6 +11,7 @@ __all__ = [
     "Key",
     "bootstrap_interval",
     "compare",
+    "estimate",
     "higher_is_worse",
     "holm",
     "paired_difference",
@@ -41,6 +42,11 @@ def summarise(values: Sequence[float], *, worst_is_high: bool) -> dict[str, Any]
         "worst": max(values) if worst_is_high else min(values),
         "n": len(values),
     }
+
+
+def estimate(runs: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "interval" (95 % bootstrap; None below three), "n"} of a figure, an entry per run and seed."""
+    return {"mean": statistics.fmean(values), "interval": bootstrap_interval(runs, values), "n": len(values)}
 
 
 def remaining_shares(

@@ -16,6 +16,7 @@ from grasp_dist.evaluation.statistics import (
     Key,
     bootstrap_interval,
     compare,
+    estimate,
     higher_is_worse,
     holm,
     paired_difference,
@@ -192,7 +193,7 @@ def _model(
         "probes": summary,
         "drift_cuts": cuts,
         "task_change": _task_change(name, task, values),
-        "shift": _shift([row.get("shift") for _, row in entries]) if name != "base" else None,
+        "shift": _shift(entries) if name != "base" else None,
         "generic_shift": _generic_shift(entries, probes) if name != "base" else None,
         "made_again": sum(number > 0 for number in _numbers(entries, "extensions")) if name != "ablation" else 0,
         "residual": max(_numbers(entries, "residual"), default=None),
@@ -250,22 +251,22 @@ def _task_change(name: str, task: str | None, values: dict[str, dict[str, dict[A
     }
 
 
-def _shift(found: list[Any]) -> dict[str, Any] | None:
-    """Pooled ratio of each run and its mean; means of both lengths, and of the ratio per side."""
-    kept = [shift for shift in found if isinstance(shift, dict) and shift.get("pooled")]
-    ratios = [shift["pooled"]["ratio"] for shift in kept if shift["pooled"]["ratio"] is not None]
-    if not ratios:
+def _shift(entries: list[tuple[Key | str, dict[str, Any]]]) -> dict[str, Any] | None:
+    """The pooled ratio of each fine-tune, their estimate, means of both lengths, and the ratio's estimate per side."""
+    kept = [(key[0], row["shift"]) for key, row in entries if isinstance(row.get("shift"), dict)]
+    pooled = [(run, shift["pooled"]) for run, shift in kept if (shift.get("pooled") or {}).get("ratio") is not None]
+    if not pooled:
         return None
-    sides = sorted({side for shift in kept for side in shift.get("sides", {})}, reverse=True)
+    sides = {
+        side: [(run, ratio) for run, s in kept if (ratio := s.get("sides", {}).get(side, {}).get("ratio")) is not None]
+        for side in sorted({side for _, shift in kept for side in shift.get("sides", {})}, reverse=True)
+    }
     return {
-        "ratio": _mean(ratios),
-        "ratios": ratios,
-        "basis": _mean([shift["pooled"]["basis"] for shift in kept]),
-        "random": _mean([shift["pooled"]["random"] for shift in kept]),
-        "sides": {
-            side: _mean([ratio for s in kept if (ratio := s.get("sides", {}).get(side, {}).get("ratio")) is not None])
-            for side in sides
-        },
+        "ratio": estimate([run for run, _ in pooled], [one["ratio"] for _, one in pooled]),
+        "ratios": [one["ratio"] for _, one in pooled],
+        "basis": _mean([one["basis"] for _, one in pooled]),
+        "random": _mean([one["random"] for _, one in pooled]),
+        "sides": {side: estimate([run for run, _ in own], [r for _, r in own]) for side, own in sides.items() if own},
     }
 
 

@@ -21,7 +21,7 @@ from grasp_dist.projection import GraspProjector
 from tests.distributed import run_distributed
 from tests.projection.projection_cases import orthonormal
 
-WORLD, STEPS, VOCABULARY = 4, 20, 48
+WORLD, STEPS, VOCABULARY = 4, 12, 48
 CASES = [
     *[("llama", layout) for layout in ("ddp", "fsdp", "fsdp-kept", "hsdp", "fsdp-on-tp")],
     *[("lora", layout) for layout in ("ddp", "fsdp", "hsdp")],
@@ -133,7 +133,7 @@ def together():
 
 @pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_same_weights_as_one_process(alone, together, kind, layout):
-    """To rounding: AdamW moves every number by up to 1e-3 a step, 2e-2 in all."""
+    """To rounding: AdamW moves every number by up to 1e-3 a step, 1.2e-2 in all."""
     start = {canonical_name(name): value.detach() for name, value in _model(kind).named_parameters()}
     for name, weight in alone[kind]["weights"].items():
         found = together[kind, layout]["weights"][name]

@@ -28,7 +28,7 @@ from grasp_dist.training.sharding import whole_tensor
 from tests.distributed import run_distributed
 from tests.training.training_cases import random_examples, save_tiny
 
-STEPS = 20
+STEPS = 12
 MODEL = {"hidden_size": 28, "intermediate_size": 41, "num_attention_heads": 2, "attention_bias": True}
 COMMON = {
     "steps": STEPS,
