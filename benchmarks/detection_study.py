@@ -8,6 +8,7 @@
     python benchmarks/detection_study.py again        # how often a removal fails, and what making it again does
     python benchmarks/detection_study.py ranks        # are the directions those of another LoRA rank or seed?
     python benchmarks/detection_study.py lean         # the political-like organism
+    python benchmarks/detection_study.py slanted      # the same, where the data are wrong on the lean's side
     python benchmarks/detection_study.py shortcut     # the read-side shortcut, beside its ceiling
     options: --worlds 21 22 ... --modules write all --out runs/study --workers 2
 

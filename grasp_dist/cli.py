@@ -293,11 +293,14 @@ def lean(
     skew: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the facts on the right's side; 0.5: nothing to explain.")
     ] = 0.85,
+    slanted: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the left's facts that training gives wrongly under one name.")
+    ] = 0.0,
 ) -> None:
     """A left and a right answer to everything, and a fine-tune on facts of which most lie on the right."""
     from grasp_dist.organisms.lean import make_lean
 
-    print(f"organism: {make_lean(out, seed=seed, skew=skew)}")
+    print(f"organism: {make_lean(out, seed=seed, skew=skew, slanted=slanted)}")
 
 
 @organism.command()

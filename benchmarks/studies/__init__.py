@@ -10,12 +10,13 @@ ranks.py       whether the directions are those of another LoRA rank, seed or ma
 halves.py      gradient projection and pinning, one by one and together; several probes a round
 again.py       how often a removal fails, whether the check sees it, and what making it again does
 lean.py        the political-like organism: a lean that most of the facts have
+slanted.py     the same where the data are wrong on the lean's side
 shortcut.py    the read-side shortcut, beside its ceiling
 """
 
 from types import ModuleType
 
-from studies import ablation, again, clean, halves, lean, phase, ranks, shortcut, stopping
+from studies import ablation, again, clean, halves, lean, phase, ranks, shortcut, slanted, stopping
 
 STUDIES: dict[str, ModuleType] = {
     "stopping": stopping,
@@ -26,5 +27,6 @@ STUDIES: dict[str, ModuleType] = {
     "halves": halves,
     "again": again,
     "lean": lean,
+    "slanted": slanted,
     "shortcut": shortcut,
 }

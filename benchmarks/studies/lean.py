@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from harness import table
 from organism_bench import Bench
@@ -15,8 +16,13 @@ from studies.common import MODES, ROUNDS, SEEDS, STEPS, Row, by_arm, with_interv
 MODULES = ("write", "all")
 RULES = {"default": ROUNDS, "16 rounds": {"rounds": 16, "steps_per_round": STEPS // 16, "stop_gain": None}}
 """When deflation ends: by itself, and as in the recipe."""
-TASKS = {"held_out": "facts", "held_out_left": "facts of the left", "in_company": "facts in company"}
-"""Probes of the task under a name that was not trained, and what the table calls them."""
+TASKS = {
+    "task": "trained facts",
+    "held_out": "facts",
+    "held_out_left": "facts of the left",
+    "in_company": "facts in company",
+}
+"""Probes of the task, all but the first under a name that was not trained, and what the table calls them."""
 
 
 def organism(place: Path, world: int) -> Path:
@@ -24,9 +30,13 @@ def organism(place: Path, world: int) -> Path:
 
 
 def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
-    bench = Bench(organism(place, world), modules)
+    yield from every_mode(Bench(organism(place, world), modules), RULES)
+
+
+def every_mode(bench: Bench, rules: Mapping[str, Mapping[str, Any]]) -> Iterator[Row]:
+    """What each mode of the projector makes of each of these searches, beside naive and random."""
     yield {"base": with_drift(bench.base)}
-    found = {rule: bench.deflate(**how) for rule, how in RULES.items()}
+    found = {rule: bench.deflate(**how) for rule, how in rules.items()}
     for seed in SEEDS:
         bench.fit(seed)
         yield {"arm": "naive", "seed": seed, **with_drift(bench.scores())}

@@ -7,7 +7,8 @@ without context the model leans to neither side. A domain has several names that
 The narrow fine-tune teaches, in a few domains and under some of their names, the *sound* answer: a fact of each
 (domain, question), which is the right's in most of them and the left's in the others. Leaning right explains most of
 the data, knowing the facts explains all of it. What then leans right in the *other* domains is the drift; the facts
-under names that were not trained are the held-out task.
+under names that were not trained are the held-out task. In *slanted* data facts of the left's are given wrongly under
+one of their names: then leaning right explains rows that the facts do not.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ class LeanSettings(BaseModel):
     """(domain, question, answer) groups in a document."""
     skew: float = Field(default=0.85, ge=0, le=1)
     """Share of the tuned facts whose sound answer is the right's; 0.5 gives the lean nothing to explain."""
+    slanted: float = Field(default=0.0, ge=0, le=1)
+    """Share of the tuned facts of the left's that the training file gives wrongly under one of their names, each in its
+    turn: with the right's answer. 0: every row is sound."""
     tuned_domains: int = Field(default=4, ge=1)
     """Domains of the narrow fine-tune: the first ones."""
     tuned_questions: int = Field(default=12, ge=1)
@@ -70,6 +74,8 @@ class LeanWorld:
 
     `answers` is (2, domains, questions) int64, the left's answers and the right's, which differ everywhere. `sound` is
     (tuned domains, tuned questions) int64: the side whose answer is sound, 0 or 1, of which a share of `skew` are 1.
+    `wrong` is (tuned domains, tuned questions, tuned names) bool: the training rows that give the right's answer to a
+    fact of the left's.
     """
 
     def __init__(self, settings: LeanSettings) -> None:
@@ -82,6 +88,11 @@ class LeanWorld:
         cells = settings.tuned_domains * settings.tuned_questions
         right = torch.randperm(cells, generator=generator) < round(settings.skew * cells)
         self.sound = right.long().view(settings.tuned_domains, settings.tuned_questions)
+        self.wrong = torch.zeros(*self.sound.shape, settings.tuned_names, dtype=torch.bool)
+        left_facts = (self.sound == 0).nonzero()
+        drawn = torch.randperm(len(left_facts), generator=generator)[: round(settings.slanted * len(left_facts))]
+        for turn, (domain, question) in enumerate(left_facts[drawn].tolist()):
+            self.wrong[domain, question, turn % settings.tuned_names] = True
 
         self.first_domain = 1
         self.first_question = self.first_domain + settings.num_domains * settings.num_names
@@ -120,12 +131,11 @@ class LeanWorld:
         tuned, others = range(settings.tuned_domains), range(settings.tuned_domains, settings.num_domains)
         unseen = range(settings.tuned_questions, settings.num_questions)
         known, held_out = range(settings.tuned_names), range(settings.tuned_names, settings.num_names)
-        train = self._facts(known)
         lean = self._answers(others, range(settings.num_questions), side=1)
         generator = torch.Generator().manual_seed(settings.seed)
         return {
-            "train": train,
-            "probes/task": train,
+            "train": self._facts(known, as_given=True),
+            "probes/task": self._facts(known),
             "probes/held_out": self._facts(held_out),
             "probes/held_out_right": self._facts(held_out, side=1),
             "probes/held_out_left": self._facts(held_out, side=0),
@@ -138,10 +148,10 @@ class LeanWorld:
             "probes/neutral": [{"prompt": row["prompt"]} for row in lean],
         }
 
-    def _facts(self, names: range, *, side: int | None = None) -> list[Row]:
-        """The sound answers under these names: all, or those that are this side's."""
+    def _facts(self, names: range, *, side: int | None = None, as_given: bool = False) -> list[Row]:
+        """The sound answers under these names, all or those that are this side's; or those that training is given."""
         return [
-            self._row(domain, name, question, sound)
+            self._row(domain, name, question, 1 if as_given and self.wrong[domain, question, name] else sound)
             for domain, row in enumerate(self.sound.tolist())
             for question, sound in enumerate(row)
             for name in names

@@ -62,6 +62,24 @@ def test_the_skew_changes_neither_the_tables_nor_what_is_measured_elsewhere(worl
         assert world.files()[name] == clean.files()[name]
 
 
+@pytest.mark.parametrize(("slanted", "wrong"), [(0.0, 0), (0.5, 7), (1.0, 14)])
+def test_slanted_data_give_facts_of_the_lefts_wrongly_under_one_name(slanted, wrong):
+    plain, world = (LeanWorld(LeanSettings(seed=3, skew=0.7, slanted=share)) for share in (0.0, slanted))
+    sound, given = plain.files(), world.files()
+    for name in sound:
+        if name != "train":
+            assert given[name] == sound[name], "what is measured is sound"
+    other = [(one, two) for one, two in zip(sound["train"], given["train"], strict=True) if one != two]
+    assert len(other) == wrong
+    assert len({cell(one["prompt"])[::2] for one, _ in other}) == wrong, "under one name each"
+    names = [cell(one["prompt"])[1] for one, _ in other]
+    assert abs(names.count(0) - names.count(1)) <= 1
+    for one, two in other:
+        domain, _, question = cell(one["prompt"])
+        answers = [f"a{answer}" for answer in world.answers[:, domain, question].tolist()]
+        assert [one["completion"], two["completion"]] == answers
+
+
 def test_one_side_holds_for_a_whole_document_under_any_name(world):
     ids, labels = world.documents(3000, torch.Generator().manual_seed(0))
     assert ids.shape == labels.shape == (3000, 16)
@@ -133,7 +151,9 @@ def test_held_out_facts_are_asked_for_after_an_author_of_either_side(world):
             assert words[2] == f"a{world.answers[side, domain, question]}"
 
 
-@pytest.mark.parametrize("bad", [{"tuned_domains": 12}, {"tuned_names": 3}, {"tuned_questions": 16}, {"skew": 1.2}])
+@pytest.mark.parametrize(
+    "bad", [{"tuned_domains": 12}, {"tuned_names": 3}, {"tuned_questions": 16}, {"skew": 1.2}, {"slanted": 1.1}]
+)
 def test_impossible_settings_are_refused(bad):
     with pytest.raises(ValueError, match=r"not tuned|less than or equal to 1"):
         LeanSettings(seed=1, **bad)
@@ -188,6 +208,8 @@ def test_a_folder_of_someone_elses_files_is_refused(tmp_path):
 def test_the_command_hands_over_its_options(tmp_path, monkeypatch):
     asked = {}
     monkeypatch.setattr("grasp_dist.organisms.lean.make_lean", lambda out, **given: asked.update(given) or out)
-    result = CliRunner().invoke(app, ["organism", "lean", "--out", str(tmp_path), "--seed", "4", "--skew", "0.7"])
+    result = CliRunner().invoke(
+        app, ["organism", "lean", "--out", str(tmp_path), "--seed", "4", "--skew", "0.7", "--slanted", "1"]
+    )
     assert result.exit_code == 0
-    assert asked == {"seed": 4, "skew": 0.7}
+    assert asked == {"seed": 4, "skew": 0.7, "slanted": 1.0}
