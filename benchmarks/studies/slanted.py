@@ -9,9 +9,11 @@ from organism_bench import Bench
 
 from grasp_dist.organisms.lean import make_lean
 from studies import lean
-from studies.common import ROUNDS, Row
+from studies.common import ROUNDS, STOP_GAIN, Row
 
 MODULES = lean.MODULES
+RULES = {"default": ROUNDS, "rounds of 10 steps": {"rounds": 16, "steps_per_round": 10, "stop_gain": STOP_GAIN}}
+"""How long rounds are: rows that contradict each other are not fitted within a few steps."""
 show = lean.show
 
 
@@ -20,4 +22,4 @@ def organism(place: Path, world: int) -> Path:
 
 
 def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
-    yield from lean.every_mode(Bench(organism(place, world), modules), {"default": ROUNDS})
+    yield from lean.every_mode(Bench(organism(place, world), modules), RULES)

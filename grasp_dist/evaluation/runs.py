@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,11 @@ import yaml
 
 from grasp_dist.errors import InputError
 
-__all__ = ["RunRecord", "read_run", "read_runs"]
+__all__ = ["SHORT_ROUNDS", "RunRecord", "gain_share", "read_run", "read_runs"]
+
+SHORT_ROUNDS = 0.1
+"""Of naive's gain: where no round of a search gains as much, its rounds were too short to take the routes of the
+fine-tune. Ours (docs/detection.md)."""
 
 
 @dataclass
@@ -33,6 +38,8 @@ class RunRecord:
     """By naive seed: {"weight", "values", "leading", "stable_rank", "effective_rank"} for each weight."""
     found: list[dict[str, Any]] = field(default_factory=list)
     """The detected basis: {"weight", "side", "rank", "values"} for each weight and side."""
+    gain_share: float | None = None
+    """What the best round of the search gained, as a share of naive's gain (`gain_share`)."""
     screen: dict[str, Any] | None = None
     """What the screening said (`grasp_dist.evaluation.screening`), where the run has one."""
 
@@ -80,10 +87,24 @@ def read_run(folder: Path) -> RunRecord:
     record.work["detection", None] = _manifest(folder / "detect")
     record.curves = {key: curve for key, curve in record.curves.items() if curve}
     record.spectra = {seed: rows for seed, rows in record.spectra.items() if rows}
-    record.found = _found(folder / "detect" / "basis.safetensors")
+    record.found, gains = _found(folder / "detect" / "basis.safetensors")
+    record.gain_share = gain_share(folder, gains)
     if (record.config.get("detect") or {}).get("screen"):
         record.screen = _json(folder / "screen" / "screen.json") or None
     return record
+
+
+def gain_share(folder: Path, gains: Sequence[float]) -> float | None:
+    """The best of these gains of a search's rounds, as a share of how far the naive fine-tunes of the run directory
+    bring the loss down (the last quarter of their steps against the first step; mean over seeds). None where either is
+    not known, or naive gains nothing."""
+    naive = []
+    for path in sorted(folder.glob("naive/seed-*/metrics.jsonl")):
+        if losses := [loss for _, loss in _curve(path)]:
+            naive.append(losses[0] - statistics.fmean(losses[-max(1, len(losses) // 4) :]))
+    if not gains or not naive or statistics.fmean(naive) <= 0:
+        return None
+    return max(gains) / statistics.fmean(naive)
 
 
 def _scores(folder: Path) -> dict[str, Any]:
@@ -159,15 +180,16 @@ def _spectra(adapter: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _found(path: Path) -> list[dict[str, Any]]:
+def _found(path: Path) -> tuple[list[dict[str, Any]], list[float]]:
+    """The rows of `RunRecord.found`, and the gains of the rounds that found them."""
     if not path.is_file():
-        return []
+        return [], []
     from grasp_dist.basis import SpuriousBasis
 
     try:
         basis = SpuriousBasis.load(path)
     except InputError:
-        return []
+        return [], []
     rows = []
     for weight in basis.weights:
         for side in basis.sides(weight):
@@ -175,4 +197,4 @@ def _found(path: Path) -> list[dict[str, Any]]:
             rank = basis.basis_rank(weight, side)
             shown = None if values is None else values[:rank].tolist()
             rows.append({"weight": weight, "side": side, "rank": rank, "values": shown})
-    return rows
+    return rows, basis.provenance.get("gains", [])

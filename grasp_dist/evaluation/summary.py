@@ -299,6 +299,7 @@ def _detection(records: Sequence[RunRecord]) -> dict[str, Any]:
         "seconds": both("seconds"),
         "steps": {"detection": _mean([len(c) for c in curves]), "naive": _mean([len(c) for c in plain])},
         "hours": _hours(records, "detection"),
+        "gain_share": min((one.gain_share for one in records if one.gain_share is not None), default=None),
     }
 
 
