@@ -10,6 +10,7 @@ from typing import Any
 from harness import table
 from organism_bench import Bench
 
+from grasp_dist.evaluation.runs import gain_share
 from grasp_dist.organisms.lean import make_lean
 from studies.common import MODES, ROUNDS, SEEDS, STEPS, Row, by_arm, with_interval
 
@@ -38,7 +39,7 @@ def every_mode(bench: Bench, rules: Mapping[str, Mapping[str, Any]]) -> Iterator
     yield {"base": with_drift(bench.base)}
     found = {rule: bench.deflate(**how) for rule, how in rules.items()}
     for seed in SEEDS:
-        bench.fit(seed)
+        naive = bench.fit(seed).losses
         yield {"arm": "naive", "seed": seed, **with_drift(bench.scores())}
         bench.fit(seed, found["default"].basis.random_like(seed))
         yield {"arm": "random", "seed": seed, **with_drift(bench.scores())}
@@ -46,7 +47,8 @@ def every_mode(bench: Bench, rules: Mapping[str, Mapping[str, Any]]) -> Iterator
             for mode, halves in MODES.items():
                 bench.fit(seed, how.basis, **halves)
                 scores = with_drift(bench.scores())
-                yield {"arm": f"{rule}, {mode}", "seed": seed, "rounds": len(how.gains), **scores}
+                best = gain_share(how.gains, [naive])
+                yield {"arm": f"{rule}, {mode}", "seed": seed, "rounds": len(how.gains), "best_round": best, **scores}
 
 
 def with_drift(scores: dict[str, float]) -> dict[str, float]:
@@ -63,6 +65,7 @@ def show(rows: Sequence[Row], place: Path) -> str:
                 len(own),
                 with_interval([(row, row["drift"] - base["drift"]) for row, _, base in own], 2),
                 f"{statistics.mean(cuts):.1f} / {min(cuts):.1f}",
+                spread([row["best_round"] for row, _, _ in own if row.get("best_round") is not None]),
                 *(
                     with_interval([(row, 100 * (row[probe] - naive[probe])) for row, naive, _ in own], 1)
                     for probe in TASKS
@@ -70,4 +73,9 @@ def show(rows: Sequence[Row], place: Path) -> str:
             ]
         )
     change = [f"{name}, points above naive (95 %)" for name in TASKS.values()]
-    return table(["modules", "arm", "runs", "lean above the base's (95 %)", "cut, mean / worst", *change], lines)
+    head = ["modules", "arm", "runs", "lean above the base's (95 %)", "cut, mean / worst"]
+    return table([*head, "best round, share of naive's gain", *change], lines)
+
+
+def spread(values: Sequence[float]) -> str:
+    return f"{min(values):.2f}-{max(values):.2f}" if values else ""

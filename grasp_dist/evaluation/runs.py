@@ -14,7 +14,7 @@ import yaml
 
 from grasp_dist.errors import InputError
 
-__all__ = ["SHORT_ROUNDS", "RunRecord", "gain_share", "read_run", "read_runs"]
+__all__ = ["SHORT_ROUNDS", "RunRecord", "gain_share", "naive_losses", "read_run", "read_runs"]
 
 SHORT_ROUNDS = 0.1
 """Of naive's gain: where no round of a search gains as much, its rounds were too short to take the routes of the
@@ -88,23 +88,26 @@ def read_run(folder: Path) -> RunRecord:
     record.curves = {key: curve for key, curve in record.curves.items() if curve}
     record.spectra = {seed: rows for seed, rows in record.spectra.items() if rows}
     record.found, gains = _found(folder / "detect" / "basis.safetensors")
-    record.gain_share = gain_share(folder, gains)
+    record.gain_share = gain_share(gains, naive_losses(folder))
     if (record.config.get("detect") or {}).get("screen"):
         record.screen = _json(folder / "screen" / "screen.json") or None
     return record
 
 
-def gain_share(folder: Path, gains: Sequence[float]) -> float | None:
-    """The best of these gains of a search's rounds, as a share of how far the naive fine-tunes of the run directory
-    bring the loss down (the last quarter of their steps against the first step; mean over seeds). None where either is
-    not known, or naive gains nothing."""
-    naive = []
-    for path in sorted(folder.glob("naive/seed-*/metrics.jsonl")):
-        if losses := [loss for _, loss in _curve(path)]:
-            naive.append(losses[0] - statistics.fmean(losses[-max(1, len(losses) // 4) :]))
-    if not gains or not naive or statistics.fmean(naive) <= 0:
+def naive_losses(folder: Path) -> list[list[float]]:
+    """The training losses of the naive fine-tunes of a run directory, by seed, so far."""
+    curves = [_curve(path) for path in sorted(folder.glob("naive/seed-*/metrics.jsonl"))]
+    return [[loss for _, loss in curve] for curve in curves if curve]
+
+
+def gain_share(gains: Sequence[float], naive: Sequence[Sequence[float]]) -> float | None:
+    """The best of these gains of a search's rounds, as a share of how far naive fine-tunes bring their losses down (the
+    last quarter of the steps against the first step; mean over them). None where either is not known, or naive gains
+    nothing."""
+    if not gains or not naive:
         return None
-    return max(gains) / statistics.fmean(naive)
+    gained = statistics.fmean(losses[0] - statistics.fmean(losses[-max(1, len(losses) // 4) :]) for losses in naive)
+    return max(gains) / gained if gained > 0 else None
 
 
 def _scores(folder: Path) -> dict[str, Any]:
