@@ -196,7 +196,8 @@ class DetectConfig(Section):
     rounds: Annotated[int, Field(ge=1)] = 32
     """Rounds of deflation, at most: see `stop_gain`."""
     steps_per_round: Annotated[int, Field(ge=1)] | None = None
-    """Steps of a round; default for warm: naive steps / rounds; for restarted: 60."""
+    """Steps of a round; default for warm: naive steps / rounds; for restarted: 60. Too few where no round brings the
+    loss down by a tenth of what naive does: the run says so."""
     directions_per_round: Annotated[int, Field(ge=1)] = 1
     """Leading directions that join per weight, side and round."""
     probe_seeds: Annotated[int, Field(ge=1)] = 1
