@@ -200,4 +200,6 @@ def _found(path: Path) -> tuple[list[dict[str, Any]], list[float]]:
             rank = basis.basis_rank(weight, side)
             shown = None if values is None else values[:rank].tolist()
             rows.append({"weight": weight, "side": side, "rank": rank, "values": shown})
-    return rows, basis.provenance.get("gains", [])
+    gains = basis.provenance.get("gains")  # a basis that was brought may say anything there
+    known = isinstance(gains, list) and all(isinstance(gain, (int, float)) for gain in gains)
+    return rows, gains if known else []
