@@ -200,6 +200,7 @@ def _found(path: Path) -> tuple[list[dict[str, Any]], list[float]]:
             rank = basis.basis_rank(weight, side)
             shown = None if values is None else values[:rank].tolist()
             rows.append({"weight": weight, "side": side, "rank": rank, "values": shown})
-    gains = basis.provenance.get("gains")  # a basis that was brought may say anything there
-    known = isinstance(gains, list) and all(isinstance(gain, (int, float)) for gain in gains)
-    return rows, gains if known else []
+    gains = basis.provenance.get("gains")
+    if not isinstance(gains, list) or not all(isinstance(gain, (int, float)) for gain in gains):
+        gains = []  # a basis that was brought may say anything there
+    return rows, gains
