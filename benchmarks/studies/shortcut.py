@@ -11,7 +11,6 @@ from typing import Any
 from harness import table
 from organism_bench import Bench
 
-from grasp_dist.config import DetectConfig
 from grasp_dist.organisms.shortcut import make_shortcut
 from studies.common import MODES, SEEDS, Row, paired, with_interval
 
@@ -25,13 +24,6 @@ ROUNDS: dict[str, Any] = {
     "stop_gain": None,
 }
 """As in the recipe: two directions a round, and rounds long enough to learn the shortcut anew."""
-_DEFAULT = DetectConfig()
-DEFAULT_ROUNDS = {
-    "rounds": _DEFAULT.rounds,
-    "steps_per_round": STEPS // _DEFAULT.rounds,
-    "stop_gain": _DEFAULT.stop_gain,
-}
-"""The detector's defaults, for a fine-tune of this length."""
 
 
 def organism(place: Path, world: int) -> Path:
@@ -45,7 +37,7 @@ def measure(place: Path, world: int, modules: str) -> Iterator[Row]:
     yield {"base": bench.base}
     detected = bench.deflate(**ROUNDS)
     found = detected.basis
-    default = bench.deflate(**DEFAULT_ROUNDS)
+    default = bench.deflate()
     yield {"gains": detected.gains, "default_gains": default.gains}
     for seed in SEEDS:
         bench.fit(seed)
@@ -76,7 +68,7 @@ def show(rows: Sequence[Row], place: Path) -> str:
             lines.append([modules, arm, len(own), with_interval(shares, 2), f"{worst:.2f}", *figures])
     head = ["modules", "arm", "runs", "right where they part, share of the ceiling (95 %)", "worst"]
     head += ["style followed elsewhere", "right where they agree", "answers elsewhere", "style elsewhere"]
-    return f"{table(head, lines)}\n\nRight where they part, mean over seeds:\n\n{_by_world(rows)}"
+    return f"{table(head, lines)}\n\nRight where they part, mean over seeds:\n\n{_by_world(rows)}\n\n{_gains(rows)}"
 
 
 def _by_world(rows: Sequence[Row]) -> str:
@@ -88,3 +80,14 @@ def _by_world(rows: Sequence[Row]) -> str:
         own = {arm: [row["differ"] for row in found if row["world"] == world and row["arm"] == arm] for arm in arms}
         lines.append([world, *(f"{statistics.mean(own[arm]):.2f}" for arm in arms)])
     return table(["world", *arms], lines)
+
+
+def _gains(rows: Sequence[Row]) -> str:
+    """How far the rounds of either search brought the loss below the base's."""
+    lines = [
+        [row["world"], search, len(row[key]), f"{row[key][0]:.2f}", f"{max(row[key]):.2f}"]
+        for row in rows
+        for search, key in (("the recipe's", "gains"), ("by default", "default_gains"))
+        if key in row
+    ]
+    return table(["world", "search", "rounds", "gain of the first round", "of the best"], lines)

@@ -60,8 +60,7 @@ def update_shares(records: Sequence[RunRecord], model: str) -> dict[str, Any] | 
 def _estimates(rows: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
     """Of each figure that any row has: runs may differ in their modules and in the sides of their basis."""
     names = dict.fromkeys(name for _, row in rows for name in row if name != "weight")
-    having = {name: [(run, row[name]) for run, row in rows if name in row] for name in names}
-    return {name: estimate([run for run, _ in own], [value for _, value in own]) for name, own in having.items()}
+    return {name: estimate([(run, row[name]) for run, row in rows if name in row]) for name in names}
 
 
 def inside(update: AdapterUpdate, basis: SpuriousBasis) -> dict[str, Any]:

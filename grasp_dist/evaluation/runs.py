@@ -14,7 +14,7 @@ import yaml
 
 from grasp_dist.errors import InputError
 
-__all__ = ["SHORT_ROUNDS", "RunRecord", "gain_share", "naive_losses", "read_run", "read_runs"]
+__all__ = ["RunRecord", "gain_share", "naive_losses", "read_run", "read_runs", "too_short"]
 
 SHORT_ROUNDS = 0.1
 """Of naive's gain: where no round of a search gains as much, its rounds were too short to take the routes of the
@@ -104,10 +104,23 @@ def gain_share(gains: Sequence[float], naive: Sequence[Sequence[float]]) -> floa
     """The best of these gains of a search's rounds, as a share of how far naive fine-tunes bring their losses down (the
     last quarter of the steps against the first step; mean over them). None where either is not known, or naive gains
     nothing."""
+    from grasp_dist.detection.deflation import round_gain
+
     if not gains or not naive:
         return None
-    gained = statistics.fmean(losses[0] - statistics.fmean(losses[-max(1, len(losses) // 4) :]) for losses in naive)
+    gained = statistics.fmean(round_gain(losses, len(losses)) for losses in naive)
     return max(gains) / gained if gained > 0 else None
+
+
+def too_short(share: float | None) -> str | None:
+    """What is said of a search whose best round has this `gain_share`; None where its rounds were long enough, or that
+    is not known."""
+    if share is None or share >= SHORT_ROUNDS:
+        return None
+    return (
+        f"no round of the search brought the loss further down than {max(share, 0):.0%} of what naive does: its rounds "
+        f"were too short to take the fine-tune's ways; give detect.steps_per_round, twice as many steps for a start"
+    )
 
 
 def _scores(folder: Path) -> dict[str, Any]:

@@ -44,8 +44,9 @@ def summarise(values: Sequence[float], *, worst_is_high: bool) -> dict[str, Any]
     }
 
 
-def estimate(runs: Sequence[str], values: Sequence[float]) -> dict[str, Any]:
-    """{"mean", "interval" (95 % bootstrap; None below three), "n"} of a figure, an entry per run and seed."""
+def estimate(found: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """{"mean", "interval" (95 % bootstrap; None below three), "n"} of a figure, (run, value) for each fine-tune."""
+    runs, values = zip(*found, strict=True)
     return {"mean": statistics.fmean(values), "interval": bootstrap_interval(runs, values), "n": len(values)}
 
 

@@ -262,11 +262,11 @@ def _shift(entries: list[tuple[Key | str, dict[str, Any]]]) -> dict[str, Any] | 
         for side in sorted({side for _, shift in kept for side in shift.get("sides", {})}, reverse=True)
     }
     return {
-        "ratio": estimate([run for run, _ in pooled], [one["ratio"] for _, one in pooled]),
+        "ratio": estimate([(run, one["ratio"]) for run, one in pooled]),
         "ratios": [one["ratio"] for _, one in pooled],
         "basis": _mean([one["basis"] for _, one in pooled]),
         "random": _mean([one["random"] for _, one in pooled]),
-        "sides": {side: estimate([run for run, _ in own], [r for _, r in own]) for side, own in sides.items() if own},
+        "sides": {side: estimate(own) for side, own in sides.items() if own},
     }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grasp_dist.evaluation.runs import SHORT_ROUNDS
+from grasp_dist.evaluation.runs import too_short
 from grasp_dist.evaluation.summary import headline_arm
 
 __all__ = ["BARS", "LEVEL_MARKS", "SHIFT_SHARE", "Verdict", "judge", "number"]
@@ -247,14 +247,8 @@ def _other_notes(summary: Mapping[str, Any], models: Mapping[str, Any], arm: Map
             f"Finding the directions took {steps['detection']:.0f} training steps; a naive fine-tune takes "
             f"{steps['naive']:.0f}."
         )
-    share = summary["detection"]["gain_share"]
-    if share is not None and share < SHORT_ROUNDS:
-        where = " of one of the runs" if len(summary["runs"]) > 1 else ""
-        notes.append(
-            f"No round of the search{where} brought the loss further down than {max(share, 0):.0%} of what naive does: "
-            f"its rounds were too short to take the fine-tune's ways. Give detect.steps_per_round, twice as many steps "
-            f"for a start."
-        )
+    if said := too_short(summary["detection"]["gain_share"]):
+        notes.append(f"In one of the runs {said}." if len(summary["runs"]) > 1 else f"{said[0].upper()}{said[1:]}.")
     if arm["residual"] is not None:
         notes.append(
             f"The protected parts of the weights moved by at most {number(arm['residual'])} of each weight's norm."

@@ -9,7 +9,7 @@ from pathlib import Path
 from grasp_dist.basis import SpuriousBasis
 from grasp_dist.detection import detect_basis
 from grasp_dist.detection.deflation import deflate
-from grasp_dist.evaluation.runs import SHORT_ROUNDS, gain_share, naive_losses
+from grasp_dist.evaluation.runs import gain_share, naive_losses, too_short
 from grasp_dist.evaluation.screening import compare_halves, read_prompts
 from grasp_dist.graph import Task
 from grasp_dist.manifest import write_json
@@ -50,12 +50,8 @@ def detect(bench: Workbench, task: Task) -> None:
                 keeper=bench.keeper(task, training, model),
                 provenance={"method": f"{method} deflation", **provenance},
             )
-        share = gain_share(basis.provenance["gains"], naive_losses(Path(bench.config.run_dir)))
-        if share is not None and share < SHORT_ROUNDS:
-            bench.say(
-                f"{task.name}: no round brought the loss further down than {max(share, 0):.0%} of what naive does: too "
-                f"short to take the fine-tune's ways; give detect.steps_per_round, twice as many steps for a start"
-            )
+        if said := too_short(gain_share(basis.provenance["gains"], naive_losses(Path(bench.config.run_dir)))):
+            bench.say(f"{task.name}: {said}")
     bench.finish(task, lambda: basis.save(task.path), {"seconds": time.monotonic() - started})
 
 
